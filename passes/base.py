@@ -1,0 +1,108 @@
+"""What every pass needs: an editable copy of a program, and a checked program made from the
+edit.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+from torch.fx import Graph
+
+
+@dataclass
+class Edit:
+    """A program taken apart: change the graph and the specs, then `finish`."""
+
+    program: ExportedProgram
+    graph: Graph
+    signature: ExportGraphSignature
+    state_dict: dict[str, torch.Tensor]
+
+    def finish(self) -> ExportedProgram:
+        """A new program; placeholders and specs must agree, and torch's own verifier must pass."""
+        order = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+        specs = {spec.arg.name: spec for spec in self.signature.input_specs}  # type: ignore[union-attr]
+        if sorted(order) != sorted(specs):
+            raise AssertionError(f"placeholders without a spec: {set(order) ^ set(specs)}")
+        self.graph.lint()
+        program, symbols = self.program, _symbols(self.graph)
+        return ExportedProgram(
+            root=program.graph_module,
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(
+                [specs[name] for name in order], self.signature.output_specs
+            ),
+            state_dict=self.state_dict,
+            range_constraints={
+                symbol: limits
+                for symbol, limits in program.range_constraints.items()
+                if symbol in symbols
+            },
+            module_call_graph=program.module_call_graph,
+            example_inputs=program.example_inputs,
+            constants=program.constants,
+            verifiers=program.verifiers,
+        )
+
+
+def edit(program: ExportedProgram) -> Edit:
+    """Copy the graph and the signature; tensors are shared, the program itself stays as it is."""
+    signature = program.graph_signature
+    return Edit(
+        program=program,
+        graph=_copied(program.graph),
+        signature=ExportGraphSignature(
+            list(signature.input_specs), copy.deepcopy(signature.output_specs)
+        ),
+        state_dict=dict(program.state_dict),
+    )
+
+
+def _copied(graph: Graph) -> Graph:
+    """The same nodes under the same names; deepcopy would also copy torch's call specs, with a
+    warning.
+    """
+    copied = Graph()
+    output, old = copied.graph_copy(graph, val_map={}, return_output_node=True)  # type: ignore[misc]
+    copied.output(output).meta = dict(old.meta)
+    return copied
+
+
+def _symbols(graph: Graph) -> set[Any]:
+    """Every symbol in a tensor's shape."""
+    shapes = [
+        size.node.expr
+        for node in graph.nodes
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val"))
+        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
+        if isinstance(size, torch.SymInt)
+    ]
+    return {symbol for expression in shapes for symbol in expression.free_symbols}
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The fake tensor mode, symbols included, that the graph was traced under."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+            return value.fake_mode
+    raise AssertionError("the graph holds no fake tensor")
+
+
+def input_specs(program: ExportedProgram) -> dict[str, InputSpec]:
+    """Placeholder name -> what it stands for."""
+    return {spec.arg.name: spec for spec in program.graph_signature.input_specs}  # type: ignore[union-attr]
+
+
+def lifted_tensor(program: ExportedProgram, spec: InputSpec) -> Any:
+    """The parameter, buffer or constant behind a lifted placeholder."""
+    target = spec.target
+    if spec.kind is InputKind.CONSTANT_TENSOR or target not in program.state_dict:
+        return program.constants[target]  # type: ignore[index]
+    return program.state_dict[target]

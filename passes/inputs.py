@@ -1,0 +1,75 @@
+"""A program's inputs: their names, their ranges, and calling it with a batch of named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from slimfx.errors import SlimError
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """One input: its dtype and, for each dimension, the least and the largest size (None: no
+    limit).
+    """
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[tuple[int, int | None], ...]
+
+
+def tensor_inputs(program: ExportedProgram) -> dict[str, InputInfo]:
+    """The tensor inputs by name, in call order."""
+    users = set(program.graph_signature.user_inputs)
+    found = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in users and isinstance(value, torch.Tensor):
+            sizes = tuple(_range(program, size) for size in value.shape)
+            found[node.name] = InputInfo(node.name, value.dtype, sizes)
+    return found
+
+
+def _range(program: ExportedProgram, size: int | torch.SymInt) -> tuple[int, int | None]:
+    if isinstance(size, int):
+        return size, size
+    limits = program.range_constraints.get(size.node.expr)
+    if limits is None:
+        return 1, None
+    lower = int(limits.lower)
+    return lower, None if limits.upper > 1 << 62 else int(limits.upper)
+
+
+def flat_inputs(program: ExportedProgram, batch: Any) -> list[Any]:
+    """The values of a batch in placeholder order.
+
+    A batch is a tensor, a sequence in call order, or a mapping from input name to tensor.
+
+    Raises:
+        SlimError: names or number of inputs differ from the program's.
+    """
+    names = list(program.graph_signature.user_inputs)
+    if isinstance(batch, Mapping):
+        if set(batch) != set(names):
+            raise SlimError(
+                f"a batch has inputs {sorted(batch)}, the program takes {sorted(map(str, names))}"
+            )
+        return [batch[name] for name in names]  # type: ignore[index]
+    values = list(batch) if isinstance(batch, Sequence) else [batch]
+    if len(values) != len(names):
+        raise SlimError(
+            f"a batch has {len(values)} inputs, the program takes {len(names)}: {names}"
+        )
+    return values
+
+
+def call_arguments(program: ExportedProgram, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same batch as (args, kwargs) for `program.module()`."""
+    args, kwargs = pytree.tree_unflatten(flat_inputs(program, batch), program.call_spec.in_spec)
+    return tuple(args), dict(kwargs)

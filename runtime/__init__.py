@@ -1,0 +1,1 @@
+"""Ops, packed layouts and file formats: everything that runs a compressed program."""

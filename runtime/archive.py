@@ -1,0 +1,210 @@
+"""Reading and writing `.pt2` archives: look before torch loads, write the same bytes every time.
+
+torch.export.load unpickles whatever an archive marks as pickled, and retries sample inputs without
+`weights_only`. `inspect` therefore refuses such files before torch sees them. `rewrite` turns what
+torch.export.save wrote into an archive that holds tensors, JSON and nothing else: no pickle, no
+time stamps, no paths of the machine it was made on.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import stat
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any
+
+import torch
+
+from slimfx.errors import ArtifactError
+
+ROOT = "model"
+OWN = "slimfx/"
+"""Folder of slimfx's own records; torch does not look at it."""
+
+_JSON_LIMIT = 1 << 30
+_RATIO_LIMIT = 200
+_WEIGHTS = "data/weights/"
+_CONSTANTS = "data/constants/"
+_SAMPLES = "data/sample_inputs/"
+_KNOWN = re.compile(
+    r"(archive_format|archive_version|byteorder|\.data/\w+|models/[\w.-]+\.json"
+    r"|data/weights/(weight_\d+|[\w.-]+\.json)|data/constants/(tensor_\d+|[\w.-]+\.json)"
+    r"|data/sample_inputs/[\w.-]+\.pt|extra/.+|slimfx/[\w.-]+)"
+)
+
+
+def inspect(file: IO[bytes], name: str) -> dict[str, bytes]:
+    """Refuse a `.pt2` that is damaged or would make torch run code; return slimfx's own records.
+
+    Raises:
+        ArtifactError: not a zip, truncated, flipped bytes, unknown or unsafe records.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = _records(archive, name)
+            for prefix in (_WEIGHTS, _CONSTANTS):
+                _check_payloads(archive, records, prefix, name)
+            for record in records:
+                if record.startswith(_SAMPLES):
+                    _check_samples(archive.read(records[record]), name)
+            own = {k[len(OWN) :]: archive.read(v) for k, v in records.items() if k.startswith(OWN)}
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+        raise ArtifactError(f"{name}: not a complete .pt2 archive ({error})") from error
+    if damaged is not None:
+        raise ArtifactError(f"{name}: record {damaged} is damaged (checksum differs)")
+    file.seek(0)
+    return own
+
+
+def _records(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
+    """Record -> entry, without the root folder."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        _, _, record = entry.filename.partition("/")
+        if ".." in entry.filename.split("/") or not _KNOWN.fullmatch(record):
+            raise ArtifactError(
+                f"{name}: record {entry.filename!r} does not belong in an exported program; "
+                f"slimfx loads programs of plain tensors only"
+            )
+        if record in found:
+            raise ArtifactError(f"{name}: record {record} appears twice")
+        if entry.file_size > _RATIO_LIMIT * entry.compress_size + (1 << 20):
+            raise ArtifactError(
+                f"{name}: record {record} claims {entry.file_size} bytes from {entry.compress_size}"
+            )
+        found[record] = entry
+    if not any(record.startswith("models/") for record in found):
+        raise ArtifactError(f"{name}: holds no exported program")
+    return found
+
+
+def _check_payloads(
+    archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo], prefix: str, name: str
+) -> None:
+    for record, entry in records.items():
+        if not (record.startswith(prefix) and record.endswith(".json")):
+            continue
+        if entry.file_size > _JSON_LIMIT:
+            raise ArtifactError(
+                f"{name}: {record} has {entry.file_size} bytes, more than {_JSON_LIMIT}"
+            )
+        try:
+            payloads = json.loads(archive.read(entry))["config"]
+            for fqn, payload in payloads.items():
+                if payload["use_pickle"]:
+                    raise ArtifactError(
+                        f"{name}: {fqn} is stored as a pickle, which can run code; export the "
+                        f"model again from plain tensors"
+                    )
+                if prefix + payload["path_name"] not in records:
+                    raise ArtifactError(f"{name}: {fqn} points to a missing record")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{name}: {record} is damaged: {error}") from error
+
+
+def _check_samples(data: bytes, name: str) -> None:
+    if not data:
+        return
+    try:
+        torch.load(io.BytesIO(data), weights_only=True)
+    except (UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise ArtifactError(
+            f"{name}: the sample inputs are a pickle that weights_only refuses; save the program "
+            f"with example inputs of plain tensors"
+        ) from error
+
+
+def rewrite(source: IO[bytes], target: IO[bytes], own: Mapping[str, bytes]) -> None:
+    """Copy an archive of torch.export.save to `target`, reproducible and without pickles.
+
+    JSON is deflated, tensors are stored; stack traces, sample inputs and the serialization id are
+    left out.
+    """
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            _, _, record = entry.filename.partition("/")
+            if record == ".data/serialization_id":
+                continue
+            data = b"" if record.startswith(_SAMPLES) else old.read(entry)
+            if record.startswith("models/"):
+                data = json.dumps(_without_traces(json.loads(data)), separators=(",", ":")).encode()
+            _write(new, record, data)
+        for record, data in own.items():
+            _write(new, OWN + record, data)
+
+
+def _write(archive: zipfile.ZipFile, record: str, data: bytes) -> None:
+    entry = zipfile.ZipInfo(f"{ROOT}/{record}", (1980, 1, 1, 0, 0, 0))
+    packed = record.endswith(".json")
+    entry.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+    entry.external_attr = 0o644 << 16
+    archive.writestr(entry, data)
+
+
+def _without_traces(value: Any) -> Any:
+    """Node metadata keeps the module stack; traces hold paths and would make equal programs
+    differ.
+    """
+    if isinstance(value, list):
+        return [_without_traces(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _without_traces(item) for key, item in value.items()}
+    metadata = kept.get("metadata")
+    if "target" in kept and isinstance(metadata, dict):
+        kept["metadata"] = {k: v for k, v in metadata.items() if k == "nn_module_stack"}
+    return kept
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place only if the block ends without an error.
+
+    Raises:
+        ArtifactError: the folder is missing or the disk is full; an older file at `path` is intact.
+    """
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: no such folder {path.parent}")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(_mode(path))
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "no space left" if full else error.strerror or str(error)
+        kept = "; the older file is intact" if path.exists() else ""
+        raise ArtifactError(f"{path}: not written, {reason}{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mode(path: Path) -> int:
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""One file for one format, each with save, load and check."""

@@ -1,0 +1,133 @@
+"""`.pt2`: an exported program in torch's own archive, as slimfx ops or as plain ATen.
+
+form "op"    keeps slimfx's ops: needs slimfx to run, is what later targets lower from
+form "aten"  the ops written out: runs wherever torch does, with the packed weights as they are
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import slimfx.runtime.ops  # noqa: F401  op-form programs name these ops
+import torch
+from slimfx.passes.decompose import decompose
+from slimfx.runtime import archive, golden
+from slimfx.runtime.golden import CheckResult
+from slimfx.runtime.manifest import Manifest, attach, manifest_of
+from torch.export import ExportedProgram
+
+from slimfx.errors import ArtifactError
+
+FORMS = ("op", "aten")
+TOLERANCE = 1e-4
+"""Largest relative difference from the golden outputs that another machine may show."""
+
+
+def save(
+    program: ExportedProgram, path: str | Path, *, form: str = "op", verify: bool = True
+) -> int:
+    """Write a program to `path`, whole or not at all, and return the bytes written.
+
+    The file carries the program's manifest, its tokenizer, and the outputs for its example inputs.
+    With `verify` it is loaded again and must repeat them before it takes its place.
+
+    Raises:
+        ArtifactError: unknown form, no example inputs, no space, or the saved file differs.
+    """
+    path = Path(path)
+    if form not in FORMS:
+        raise ArtifactError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    if program.example_inputs is None:
+        raise ArtifactError(
+            f"{path}: the program has no example inputs to record golden outputs of; export it "
+            f"with some"
+        )
+    manifest = replace(manifest_of(program), form=form)
+    inputs = program.example_inputs
+    stored = decompose(program) if form == "aten" else program
+    own = {
+        "manifest.json": manifest.to_json().encode(),
+        "golden.safetensors": golden.record(stored, inputs),
+    }
+    if manifest.tokenizer is not None:
+        own["tokenizer.json"] = manifest.tokenizer.encode()
+    with archive.atomic(path) as temporary:
+        with tempfile.TemporaryFile(dir=path.parent) as raw, temporary.open("wb") as file:
+            torch.export.save(stored, raw)
+            raw.seek(0)
+            archive.rewrite(raw, file, own)
+        if verify and not check(temporary).identical:
+            raise ArtifactError(
+                f"{path}: the saved file answers differently from the program; not written"
+            )
+        return temporary.stat().st_size
+
+
+def load(path: str | Path) -> ExportedProgram:
+    """Read a program that slimfx or torch.export.save wrote, after looking at what the file holds.
+
+    Raises:
+        ArtifactError: missing, damaged or unsafe file, or a program this torch cannot read.
+    """
+    program, _ = _load(Path(path))
+    return program
+
+
+def check(path: str | Path, *, tolerance: float = TOLERANCE) -> CheckResult:
+    """Load a file and replay its golden outputs.
+
+    Raises:
+        ArtifactError: as `load`, or the file carries no golden outputs.
+    """
+    program, recorded = _load(Path(path))
+    if recorded is None:
+        raise ArtifactError(f"{path}: carries no golden outputs; it was not written by slimfx")
+    return golden.replay(program, recorded, tolerance)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """What a file says of itself, without loading the program.
+
+    Raises:
+        ArtifactError: missing, damaged or unsafe file.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        return _manifest(archive.inspect(file, path.name))
+
+
+def _manifest(own: dict[str, bytes]) -> Manifest:
+    if "manifest.json" not in own:
+        return Manifest()
+    tokenizer = own.get("tokenizer.json")
+    text = own["manifest.json"].decode("utf-8", errors="replace")
+    return Manifest.from_json(
+        text, tokenizer.decode("utf-8", errors="replace") if tokenizer else None
+    )
+
+
+def _load(path: Path) -> tuple[ExportedProgram, bytes | None]:
+    with _opened(path) as file:
+        own = archive.inspect(file, path.name)
+        manifest = _manifest(own)
+        try:
+            program = torch.export.load(file)
+        except (RuntimeError, AssertionError, ValueError, KeyError) as error:
+            raise ArtifactError(
+                f"{path.name}: torch {torch.__version__} cannot read this program: {error}"
+            ) from error
+    attach(program, manifest)
+    recorded = own.get("golden.safetensors")
+    if recorded is not None:
+        program.example_inputs = golden.inputs_of(recorded, program)
+    return program, recorded
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}") from error

@@ -1,0 +1,28 @@
+"""Compress exported PyTorch programs to 2:4-sparse int4 weights plus low-rank adapters.
+
+program = slimfx.capture("model-folder")
+small = slimfx.compress(program, "slim")
+slimfx.save(small, "model.pt2", form="aten")
+"""
+
+from slimfx.capture import capture
+from slimfx.compress import compress
+from slimfx.errors import SlimError
+from slimfx.evaluate import evaluate
+from slimfx.generate import generate
+from slimfx.plan import plan
+from slimfx.recipe import Recipe
+from slimfx.runtime.targets.pt2 import check, load, save
+
+__all__ = [
+    "Recipe",
+    "SlimError",
+    "capture",
+    "check",
+    "compress",
+    "evaluate",
+    "generate",
+    "load",
+    "plan",
+    "save",
+]

@@ -1,0 +1,138 @@
+"""Walk a program block by block: watch what reaches the linears, then move on, compressed.
+
+The state between blocks is, for each batch, the values later blocks still read. Block i + 1
+therefore sees the output of the compressed block i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from slimfx.errors import CalibrationError
+from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
+from slimfx.passes.base import input_specs, lifted_tensor
+from slimfx.passes.cut_blocks import Block
+from slimfx.passes.inputs import flat_inputs
+from slimfx.passes.observe_inputs import Observation
+
+Values = dict[Node, Any]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A program on its way through calibration: its tensors, each batch's live values and mask."""
+
+    program: ExportedProgram
+    lifted: Values
+    batches: list[Values]
+    masks: list[Tensor | None]
+
+
+def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
+    """Stand before the first block; buffers are copied, since a program may write to them."""
+    specs = input_specs(program)
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    lifted = {}
+    for name, spec in specs.items():
+        if spec.kind is not InputKind.USER_INPUT:
+            value = lifted_tensor(program, spec)
+            copied = spec.kind is InputKind.BUFFER and isinstance(value, Tensor)
+            lifted[nodes[name]] = value.clone() if copied else value
+    users = [nodes[name] for name in program.graph_signature.user_inputs if name in nodes]
+    values = [dict(zip(users, flat_inputs(program, batch), strict=True)) for batch in batches]
+    masks = [
+        next((v for n, v in each.items() if n.name == "attention_mask"), None) for each in values
+    ]
+    return Walk(program, lifted, values, masks)
+
+
+def observe(walk: Walk, block: Block, watched: Sequence[Observation]) -> dict[str, Stats]:
+    """Run a block as it is and return the statistics of each site in it.
+
+    Raises:
+        CalibrationError: an input is NaN or infinite, or nothing reached a layer; names the layer.
+    """
+    stats: dict[Node, Stats] = {}
+    for values, mask in zip(walk.batches, walk.masks, strict=True):
+        seen = _run(walk, block, values, keep={w.node for w in watched})
+        for watch in watched:
+            rows = _rows(seen[watch.node], mask if watch.masked else None)
+            stats[watch.node] = add_tokens(
+                stats.get(watch.node) or empty_stats(rows.shape[1], rows.device), rows
+            )
+    sites: dict[str, Stats] = {}
+    for watch in watched:
+        found = stats[watch.node]
+        for name in watch.sites:
+            _check(name, found)
+            sites[name] = merge(sites[name], found) if name in sites else found
+    return sites
+
+
+def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
+    """Run a block with other weights (parameter name -> tensor) and stand before the next one."""
+    specs = input_specs(walk.program)
+    swapped = {
+        node: weights.get(str(specs[node.name].target), value)
+        for node, value in walk.lifted.items()
+    }
+    changed = replace(walk, lifted=swapped)
+    return replace(
+        walk, batches=[_run(changed, block, values, keep=block.live_out) for values in walk.batches]
+    )
+
+
+@torch.no_grad()
+def _run(walk: Walk, block: Block, values: Values, keep: frozenset[Node] | set[Node]) -> Values:
+    """Interpret the block's nodes and return the values in `keep`; others go at their last use."""
+    env = dict(values)
+    last_use = {source: node for node in block.nodes for source in node.all_input_nodes}
+    inside = set(block.nodes)
+
+    def value(node: Node) -> Any:
+        return env[node] if node in env else walk.lifted[node]
+
+    for node in block.nodes:
+        if node.op == "get_attr":
+            env[node] = _attribute(walk.program.graph_module, str(node.target))
+            continue
+        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for source in node.all_input_nodes:
+            if source in inside and last_use[source] is node and source not in keep:
+                del env[source]
+    return {node: env[node] for node in keep if node in env}
+
+
+def _attribute(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The token rows [tokens, K] of an input, without padding."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if mask is None else rows[mask.reshape(-1) != 0]
+
+
+def _check(name: str, stats: Stats) -> None:
+    if stats.tokens == 0:
+        raise CalibrationError(
+            f"{name}: no calibration token reached it; give more data or add it to skip"
+        )
+    if not (stats.square_sum.isfinite().all() and stats.peak.isfinite().all()):
+        channels = int((~stats.peak.isfinite()).sum())
+        raise CalibrationError(
+            f"{name}: its input is NaN or infinite in {channels} of {len(stats.peak)} channels; "
+            f"check the weights before it, or capture the model in float32"
+        )

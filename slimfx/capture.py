@@ -1,0 +1,182 @@
+"""From a model to an exported program with dynamic batch and sequence."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from slimfx.errors import CaptureError, need
+from slimfx.runtime.manifest import Manifest, attach
+
+_LONGEST_BATCH = 1024
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def capture(
+    model: nn.Module | str | Path,
+    example_inputs: tuple | Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+) -> ExportedProgram:
+    """Export a model for compression; the model itself is left as it is.
+
+    Args:
+        model: a Hugging Face folder or hub name (needs slimfx[hf]), or any module.
+        example_inputs: positional tensors or named ones. Hugging Face text models need none:
+            a causal language model becomes input_ids -> logits, another one
+            (input_ids, attention_mask) -> last hidden state.
+        dynamic_shapes: as torch.export.export takes them. By default batch and sequence of text
+            models, else the first dimension of every tensor (give examples of two rows or more).
+        max_length: longest sequence of a text model; by default what its configuration says.
+        dtype: floating-point type a folder is loaded in.
+
+    Raises:
+        CaptureError: no such folder, not a model, or torch.export cannot trace it.
+    """
+    manifest = Manifest()
+    if dtype not in _DTYPES:
+        raise CaptureError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if not isinstance(model, nn.Module):
+        manifest = _text_manifest(model)
+        model = _load(model, dtype)
+    kwargs: dict[str, Any] = {}
+    args: tuple = ()
+    if example_inputs is None:
+        kwargs, shapes = _text_inputs(model, max_length)
+        dynamic_shapes = dynamic_shapes or shapes
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    else:
+        args = tuple(example_inputs)
+    traced = _FirstOutput(model) if hasattr(model, "main_input_name") else model
+    if dynamic_shapes is None:
+        dynamic_shapes = _first_dimension(traced, args, kwargs)
+    with _evaluating(model), torch.no_grad():
+        try:
+            program = torch.export.export(
+                traced, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            raise CaptureError(
+                f"torch.export cannot trace {type(model).__name__}: {error}"
+            ) from error
+    return attach(program, manifest)
+
+
+class _FirstOutput(nn.Module):
+    """A Hugging Face model that answers with its first output alone, under the inputs' own names.
+
+    A program whose outputs are ModelOutput objects could only be loaded where transformers is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        signature = inspect.signature(model.forward)
+        fixed = {"use_cache": False} if "use_cache" in signature.parameters else {}
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return model(*args, **kwargs, **fixed)[0]
+
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def _load(source: str | Path, dtype: str) -> nn.Module:
+    """The folder's own class if it is a causal language model, else the bare model."""
+    transformers = need("transformers")
+    path = Path(source)
+    looks_like_path = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    if not path.is_dir() and (path.suffix or looks_like_path or path.exists()):
+        kind = "not a folder" if path.exists() else "no such folder"
+        raise CaptureError(f"{source}: {kind}; give a Hugging Face model folder with a config.json")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CaptureError(f"{source}: not a model, it has no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        names = {cls.__name__ for cls in [mapping.get(type(config), None)] if cls is not None}
+        causal = bool(names & set(config.architectures or ()))
+        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        return auto.from_pretrained(source, dtype=_DTYPES[dtype]).eval()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CaptureError(f"{source}: not a model that transformers can load ({error})") from error
+
+
+def _text_manifest(source: str | Path) -> Manifest:
+    """Tokenizer and end token of a folder, where it has them."""
+    path = Path(source)
+    tokenizer = path / "tokenizer.json"
+    config = path / "config.json"
+    eos = None
+    if config.is_file():
+        try:
+            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+        except ValueError as error:
+            raise CaptureError(f"{source}: config.json is not JSON ({error})") from error
+    return Manifest(
+        tokenizer=tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
+        eos_token=eos[0] if isinstance(eos, list) else eos,
+    )
+
+
+def _text_inputs(model: nn.Module, max_length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Example token inputs and their dynamic dimensions."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        raise CaptureError(
+            f"{type(model).__name__} does not take input_ids alone; give example_inputs, for "
+            f"instance {{'pixel_values': torch.zeros(2, 3, 224, 224)}}"
+        )
+    config: Any = model.config
+    generates: Any = getattr(model, "can_generate", None)
+    longest = max_length or getattr(config, "max_position_embeddings", None)
+    if longest is None:
+        raise CaptureError(
+            f"{type(model).__name__} does not say how long its input may be; give max_length"
+        )
+    length = min(16, longest)
+    ids = (torch.arange(2 * length) % config.vocab_size).reshape(2, length)
+    inputs = {"input_ids": ids}
+    if generates is None or not generates():  # an encoder
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][1, length // 2 :] = 0
+    dims = {
+        0: Dim("batch", min=1, max=_LONGEST_BATCH),
+        1: Dim("sequence", min=2, max=longest),
+    }
+    return inputs, dict.fromkeys(inputs, dims)
+
+
+def _first_dimension(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return {
+        name: torch.utils._pytree.tree_map(
+            lambda value: (
+                {0: Dim.AUTO} if isinstance(value, torch.Tensor) and value.dim() else None
+            ),
+            value,
+        )
+        for name, value in bound.arguments.items()
+    }
+
+
+@contextmanager
+def _evaluating(model: nn.Module):  # type: ignore[no-untyped-def]
+    """Evaluation mode for the time of the block; every submodule gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

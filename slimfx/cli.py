@@ -1,0 +1,300 @@
+"""The `slimfx` command: one verb for each step, a table for people, `--json` for programs.
+
+Exit codes: 0 done, 1 refused with one line on what and why, 2 wrong usage, 3 a check that failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import progress as bar
+from rich.console import Console
+from rich.table import Table
+from torch.export import ExportedProgram
+
+import slimfx
+from slimfx.errors import SlimError
+from slimfx.runtime.manifest import Manifest, manifest_of
+from slimfx.runtime.targets import pt2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Compress exported PyTorch programs to 2:4-sparse int4 weights plus low-rank adapters.",
+)
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
+Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", help="magnitude, wanda, naive-lora, slim, slim-q, or a YAML file."
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Text, JSONL, dataset folder or name. Default: the English of the running Python.",
+    ),
+]
+Form = Annotated[str, typer.Option(help="op (needs slimfx to run) or aten (needs only torch).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Samples = Annotated[int | None, typer.Option(help="Windows or documents at most.")]
+
+
+@app.command()
+def capture(
+    model: Model,
+    output: Output,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest sequence the program takes.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Export a model to a .pt2 file.
+
+    Example: slimfx capture examples/demo_lm -o dense.pt2
+    """
+    with _line("capture") as tell:
+        program = slimfx.capture(model, max_length=max_length, dtype=dtype)
+        tell(0.6, f"write {output}")
+        size = slimfx.save(program, output)
+    _show({"file": str(output), "bytes": size}, as_json)
+
+
+@app.command()
+def plan(model: Model, recipe: RecipeOption = "slim", as_json: Json = False) -> None:
+    """Show what a recipe will do to each linear, and what the file will weigh.
+
+    Example: slimfx plan examples/demo_lm --recipe slim-q
+    """
+    with _line("plan"):
+        planned = slimfx.plan(_program(model), recipe)
+    totals = {
+        name: getattr(planned, name)
+        for name in ("bytes_before", "bytes_after", "file_bytes", "bits_per_weight", "peak_memory")
+    }
+    if as_json:
+        _show({"layers": [dataclasses.asdict(row) for row in planned.rows], **totals}, True)
+        return
+    table = Table("layer", "out x in", "layout", "rank", "method", "before", "after")
+    for row in planned.rows:
+        table.add_row(
+            row.name,
+            f"{row.out_features} x {row.in_features}",
+            row.layout,
+            str(row.rank or ""),
+            row.skipped or row.method,
+            _size(row.bytes_before),
+            _size(row.bytes_after),
+        )
+    Console().print(table)
+    _show(totals, False)
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Output,
+    recipe: RecipeOption = "slim",
+    data: Data = None,
+    form: Form = "op",
+    as_json: Json = False,
+) -> None:
+    """Compress a model and write it with its report.
+
+    Example: slimfx compress examples/demo_lm -o small.pt2 --recipe slim --form aten
+    """
+    began = time.perf_counter()
+    with _line("compress") as tell:
+        program = _program(model)
+        planned = slimfx.plan(program, recipe)
+        small = slimfx.compress(
+            program, recipe, data, progress=lambda share, what: tell(0.1 + 0.7 * share, what)
+        )
+        tell(0.8, f"write {output}")
+        size = slimfx.save(small, output, form=form)
+    result = {
+        "file": str(output),
+        "bytes": size,
+        "bytes_planned": planned.file_bytes,
+        "bytes_dense": planned.bytes_before,
+        "bits_per_weight": planned.bits_per_weight,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    if not as_json:
+        _layers(manifest_of(small))
+    _show(result, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The model before compression: compare embeddings by cosine.")
+    ] = None,
+    samples: Samples = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window or document.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, or with --dense the cosine to the dense model's embeddings.
+
+    Example: slimfx eval small.pt2 --data text.txt
+    """
+    with _line("evaluate") as tell:
+        quality = slimfx.evaluate(
+            _program(model),
+            data,
+            dense=_program(dense) if dense else None,
+            samples=samples,
+            length=length,
+            progress=tell,
+        )
+    _show(dataclasses.asdict(quality), as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample within this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue a text.
+
+    Example: slimfx generate small.pt2 "The function returns" --temperature 0.8
+    """
+    pieces = slimfx.generate(
+        _program(model), prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    typer.echo(prompt, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command()
+def inspect(artifact: Artifact, as_json: Json = False) -> None:
+    """Show what an artifact says of itself.
+
+    Example: slimfx inspect small.pt2
+    """
+    manifest = pt2.read_manifest(artifact)
+    if as_json:
+        typer.echo(manifest.to_json())
+        return
+    _layers(manifest)
+    _show(
+        {
+            "file": str(artifact),
+            "bytes": artifact.stat().st_size,
+            "form": manifest.form,
+            **{f"version of {k}": v for k, v in manifest.versions.items()},
+            **{f"calibration {k}": v for k, v in manifest.calibration.items()},
+            **{f"left as it is: {k}": v for k, v in manifest.skipped.items()},
+        },
+        False,
+    )
+
+
+@app.command()
+def check(artifact: Artifact, as_json: Json = False) -> None:
+    """Run an artifact on its recorded inputs and compare with its recorded outputs.
+
+    Example: slimfx check small.pt2
+    """
+    with _line("check"):
+        result = slimfx.check(artifact)
+    _show({**dataclasses.asdict(result), "passed": result.passed}, as_json)
+    if not result.passed:
+        raise typer.Exit(3)
+
+
+def _program(model: str) -> ExportedProgram:
+    return slimfx.load(model) if model.endswith(".pt2") else slimfx.capture(model)
+
+
+@contextmanager
+def _line(what: str) -> Iterator[Callable[[float, str], None]]:
+    """One progress line for the whole command, with the time that is left, on standard error."""
+    with bar.Progress(
+        bar.TextColumn("{task.description}"),
+        bar.BarColumn(),
+        bar.TaskProgressColumn(),
+        bar.TextColumn("left"),
+        bar.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as line:
+        task = line.add_task(what, total=1.0)
+        yield lambda share, part: line.update(task, completed=share, description=f"{what} {part}")
+
+
+def _layers(manifest: Manifest) -> None:
+    table = Table("layer", "out x in", "layout", "rank", "bytes", "SNR dB", "without adapter")
+    for row in manifest.layers:
+        table.add_row(
+            row.name,
+            f"{row.out_features} x {row.in_features}",
+            row.layout,
+            str(row.rank or ""),
+            _size(row.bytes),
+            f"{row.snr:.1f}",
+            f"{row.snr_without_adapter:.1f}",
+        )
+    Console().print(table)
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(values, indent=1))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in values.items():
+        if isinstance(value, float):
+            text = f"{value:.4g}"
+        else:
+            text = _size(value) if "bytes" in name or "memory" in name else str(value)
+        table.add_row(name.replace("_", " "), text)
+    Console().print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.3f} MB" if count >= 100_000 else f"{count:,} B"
+
+
+def main() -> None:
+    """Run the command; an error of slimfx is one line on standard error and exit code 1."""
+    _quiet()
+    try:
+        app()
+    except SlimError as error:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+            f"slimfx: {error}"
+        )
+        sys.exit(1)
+
+
+def _quiet() -> None:
+    """One progress line is ours; the libraries below keep theirs to themselves."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

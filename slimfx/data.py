@@ -1,0 +1,241 @@
+"""Text and tensors for calibration and evaluation.
+
+A source is None (the English of the running Python), a text file, a JSONL file with a `text` field
+(either may end in .gz, .bz2 or .xz), a folder or name that `datasets` knows, a list of strings, a
+tensor of tokens, or a list of ready batches.
+"""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import sysconfig
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from slimfx.errors import CalibrationError, need
+from slimfx.passes.inputs import flat_inputs, tensor_inputs
+from slimfx.recipe import Calibration
+from slimfx.runtime.manifest import manifest_of
+
+Batch = Any
+"""A tensor, a tuple of tensors in call order, or a mapping from input name to tensor."""
+
+_CHARACTERS = 64
+"""Characters looked at for each calibration token: ample, and bounded for any source."""
+
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def batches(program: ExportedProgram, source: Any, how: Calibration) -> list[Batch]:
+    """Calibration batches for a program.
+
+    Documents become padded samples with their mask when the program has an `attention_mask`, and
+    otherwise windows drawn from the concatenated tokens, at places that `how.seed` fixes.
+
+    Raises:
+        CalibrationError: no such source, no tokenizer, or too little text.
+    """
+    if is_batches(source):
+        return list(source)
+    inputs = tensor_inputs(program)
+    if "input_ids" not in inputs:
+        raise CalibrationError(
+            f"the program takes {', '.join(inputs) or 'no tensors'}, not input_ids; give "
+            f"calibration as a list of batches (tensors, or mappings from input name to tensor)"
+        )
+    if isinstance(source, Tensor) and source.dim() == 2:
+        return list(source.split(how.batch))
+    length = longest(program, how.length)
+    if "attention_mask" in inputs:
+        return padded_batches(program, documents(source)[: how.samples], length, how.batch)
+    characters = _CHARACTERS * how.samples * length
+    stream = token_stream(program, source, characters=characters, seed=how.seed)
+    windows = random_windows(stream, samples=how.samples, length=length, seed=how.seed)
+    return list(windows.split(how.batch))
+
+
+def longest(program: ExportedProgram, length: int) -> int:
+    """`length`, or the longest sequence the program takes if that is shorter."""
+    limit = tensor_inputs(program)["input_ids"].sizes[-1][1]
+    return length if limit is None else min(length, limit)
+
+
+def token_stream(
+    program: ExportedProgram, source: Any, *, characters: int | None = None, seed: int = 0
+) -> Tensor:
+    """The tokens of a source in one int64 row, documents parted by the end token if there is one.
+
+    With `characters`, documents are drawn (by `seed`) until they hold that many.
+    """
+    if isinstance(source, Tensor):
+        return source.flatten().long()
+    manifest = manifest_of(program)
+    tokenizer = tokenizer_of(program)
+    parts = [] if manifest.eos_token is None else [manifest.eos_token]
+    stream: list[int] = []
+    texts = documents(source)
+    if characters is not None:
+        texts = _draw(texts, characters, seed)
+    for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+        stream += encoding.ids + parts
+    return torch.tensor(stream, dtype=torch.int64)
+
+
+def _draw(texts: list[str], characters: int, seed: int) -> list[str]:
+    """Random documents that together hold so many characters, in their own order."""
+    chosen, held = [], 0
+    for i in torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist():
+        if held >= characters:
+            break
+        chosen.append(i)
+        held += len(texts[i])
+    return [texts[i] for i in sorted(chosen)]
+
+
+def random_windows(stream: Tensor, *, samples: int, length: int, seed: int) -> Tensor:
+    """`samples` windows of `length` tokens, int64 [samples, length]."""
+    if len(stream) < length:
+        raise CalibrationError(
+            f"calibration text has {len(stream)} tokens, one sample needs {length}; give more "
+            f"text or set calibration: {{length: {max(len(stream), 2)}}}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator)
+    return torch.stack([stream[start : start + length] for start in starts.tolist()])
+
+
+def padded_batches(
+    program: ExportedProgram, texts: Sequence[str], length: int, size: int
+) -> list[dict[str, Tensor]]:
+    """Texts as batches of input_ids and attention_mask [size, length], cut and padded."""
+    if not texts:
+        raise CalibrationError("the text holds no document; give a source with text in it")
+    tokenizer = tokenizer_of(program)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    encodings = tokenizer.encode_batch(list(texts))
+    ids = torch.tensor([e.ids for e in encodings])
+    mask = torch.tensor([e.attention_mask for e in encodings])
+    pairs = zip(ids.split(size), mask.split(size), strict=True)
+    return [{"input_ids": i, "attention_mask": m} for i, m in pairs]
+
+
+def documents(source: Any) -> list[str]:
+    """The documents of a source; a plain text file is cut into paragraphs at blank lines."""
+    if source is None:
+        return python_documents()[0]
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        return list(source)
+    path = Path(source)
+    if path.is_file():
+        return _read(path)
+    if path.is_dir() or not (path.suffix or str(source).startswith((".", "/"))):
+        return _from_datasets(str(source))
+    raise CalibrationError(f"{source}: no such file")
+
+
+def _read(path: Path) -> list[str]:
+    opener = _OPENERS.get(path.suffix, open)
+    name = path.name.removesuffix(path.suffix) if path.suffix in _OPENERS else path.name
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if name.endswith((".jsonl", ".ndjson")):
+                return [json.loads(line)["text"] for line in file if line.strip()]
+            return [p for p in re.split(r"\n\s*\n", file.read()) if p.strip()]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
+        raise CalibrationError(
+            f"{path}: not text, nor JSON lines with a text field ({error})"
+        ) from error
+
+
+def _from_datasets(name: str) -> list[str]:
+    """`path-or-name[:configuration[:split]]`, the split defaulting to train."""
+    datasets = need("datasets")
+    base, _, rest = name.partition(":")
+    configuration, _, split = rest.partition(":")
+    try:
+        if (Path(base) / "dataset_info.json").exists():
+            data = datasets.load_from_disk(base)
+        else:
+            data = datasets.load_dataset(base, configuration or None, split=split or "train")
+    except (OSError, ValueError, ConnectionError) as error:
+        raise CalibrationError(
+            f"{name}: no such file, and no dataset of that name could be read ({error})"
+        ) from error
+    if "text" not in data.column_names:
+        raise CalibrationError(f"{name}: has columns {data.column_names}, none called text")
+    return list(data["text"])
+
+
+@cache
+def python_documents() -> tuple[list[str], list[str]]:
+    """English that comes with every Python, as (calibration, held out).
+
+    Language topics and the docstrings of the standard library; every fourth document is held out.
+    """
+    from pydoc_data.topics import topics
+
+    found = [topics[name] for name in sorted(topics)]
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        texts = [ast.get_docstring(tree)]
+        texts += [
+            ast.get_docstring(node)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        ]
+        joined = "\n\n".join(text for text in texts if text)
+        if len(joined) > 400:
+            found.append(joined)
+    held_out = found[3::4]
+    return [text for i, text in enumerate(found) if i % 4 != 3], held_out
+
+
+def tokenizer_of(program: ExportedProgram):  # type: ignore[no-untyped-def]
+    """A fresh `tokenizers.Tokenizer` from the program's manifest."""
+    text = manifest_of(program).tokenizer
+    if text is None:
+        raise CalibrationError(
+            "the program carries no tokenizer; capture it from a folder that has one, or give "
+            "tokens as a tensor"
+        )
+    tokenizer = need("tokenizers").Tokenizer.from_str(text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def digest(program: ExportedProgram, data: Iterable[Batch]) -> str:
+    """SHA-256 over the values of all batches in call order."""
+    sha = hashlib.sha256()
+    for batch in data:
+        for value in flat_inputs(program, batch):
+            if isinstance(value, Tensor):
+                sha.update(
+                    value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                )
+    return sha.hexdigest()
+
+
+def is_batches(source: Any) -> bool:
+    """Is the source ready for a program, rather than text or tokens to be cut?"""
+    if isinstance(source, str | Path | Tensor | None):
+        return False
+    return not (
+        isinstance(source, Sequence) and source and all(isinstance(item, str) for item in source)
+    )

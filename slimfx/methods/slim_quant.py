@@ -1,0 +1,60 @@
+"""SLiM-Quant^W: the one scale per tensor with the smallest squared error, found exactly.
+
+For a scale s the weight w takes code k once |w| passes the breakpoint (k - 1/2) s. With
+A(s) = sum_k sum_{|w| > (k-1/2) s} |w| and B(s) = sum_k (2k - 1) #{|w| > (k-1/2) s} the squared
+error is
+
+    E(s) = sum w^2 - 2 s A(s) + s^2 B(s),     k = 1 .. 2^(bits-1) - 1
+
+Artifacts store scales in bfloat16, so the candidates are the bfloat16 numbers themselves: one pass
+counts the weights between all breakpoints of all candidates, and the best candidate is the global
+optimum over everything that can be stored. A continuous optimum rounded afterwards can be worse.
+The paper minimises the same error over a histogram (arXiv 2410.09615, eq. 4-6): slim_histogram.py.
+"""
+
+import torch
+from torch import Tensor
+
+from slimfx.methods.quantized import largest_code
+
+_OCTAVES = 16  # an optimum below max|w| / 2^16 would need more than 2^32 weights
+_CHUNK = 1 << 22  # weights looked at together, so that memory stays flat
+
+
+def slim_quant(weight: Tensor, *, bits: int, granularity: str, group: int) -> Tensor:
+    """The bfloat16 scale [1, 1] that minimises sum (w - s * code)^2 over a tensor of any shape.
+
+    `granularity` must be "tensor" (the recipe checks it). An all-zero weight has scale zero.
+    """
+    magnitude = weight.detach().flatten().abs()
+    candidates = _bfloat16_below(magnitude.max().item() / largest_code(bits) * 1.01)
+    if not len(candidates):
+        return torch.zeros(1, 1, dtype=torch.bfloat16, device=weight.device)
+    candidates = candidates.to(weight.device)
+    codes = torch.arange(1, largest_code(bits) + 1, dtype=torch.float64, device=weight.device)
+    breakpoints = candidates[:, None] * (codes - 0.5)  # [candidates, codes]
+    edges, order = breakpoints.flatten().sort()
+    counts = torch.zeros(len(edges) + 1, dtype=torch.float64, device=weight.device)
+    sums = torch.zeros_like(counts)
+    for part in magnitude.split(_CHUNK):
+        part = part.double()
+        bins = torch.bucketize(part, edges)  # edges[b-1] < |w| <= edges[b]
+        counts += torch.bincount(bins, minlength=len(counts))
+        sums += torch.bincount(bins, weights=part, minlength=len(sums))
+    above = torch.empty_like(edges)
+    above[order] = counts.flip(0).cumsum(0).flip(0)[1:]  # #{|w| > edge}
+    sum_above = torch.empty_like(edges)
+    sum_above[order] = sums.flip(0).cumsum(0).flip(0)[1:]
+    A = sum_above.view_as(breakpoints).sum(1)
+    B = (above.view_as(breakpoints) * (2 * codes - 1)).sum(1)
+    best = (candidates.square() * B - 2 * candidates * A).argmin()
+    return candidates[best].to(torch.bfloat16).reshape(1, 1)
+
+
+def _bfloat16_below(top: float) -> Tensor:
+    """Every normal bfloat16 in (top / 2^16, top], ascending, as float64."""
+    highest = torch.tensor(top, dtype=torch.bfloat16).view(torch.int16).item()
+    lowest = max(highest - _OCTAVES * 128, 128)
+    bits = torch.arange(lowest, highest + 1, dtype=torch.int16)
+    values = bits.view(torch.bfloat16).double()
+    return values[(values > 0) & values.isfinite()]

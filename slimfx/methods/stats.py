@@ -1,0 +1,56 @@
+"""What the methods know of a layer's inputs: sums over calibration tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Running sums over the tokens that reached one input of width K (float64, [K] each)."""
+
+    tokens: int
+    abs_sum: Tensor
+    square_sum: Tensor
+    peak: Tensor
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean of |x| per channel, float32 [K]."""
+        return (self.abs_sum / max(self.tokens, 1)).float()
+
+    @property
+    def rms(self) -> Tensor:
+        """Root of the mean of x^2 per channel, float32 [K]; Wanda's ||X_j||_2 up to a constant."""
+        return (self.square_sum / max(self.tokens, 1)).sqrt().float()
+
+
+def empty_stats(width: int, device: torch.device | str = "cpu") -> Stats:
+    """Statistics of no token at all."""
+    zeros = torch.zeros(width, dtype=torch.float64, device=device)
+    return Stats(tokens=0, abs_sum=zeros, square_sum=zeros, peak=zeros)
+
+
+def add_tokens(stats: Stats, x: Tensor) -> Stats:
+    """Add the rows of `x` [tokens, K]; sums are taken in float32 within a call, float64 across."""
+    x = x.detach().float()
+    magnitude = x.abs()
+    return Stats(
+        tokens=stats.tokens + x.shape[0],
+        abs_sum=stats.abs_sum + magnitude.sum(0).double(),
+        square_sum=stats.square_sum + x.square().sum(0).double(),
+        peak=torch.maximum(stats.peak, magnitude.amax(0).double()) if len(x) else stats.peak,
+    )
+
+
+def merge(a: Stats, b: Stats) -> Stats:
+    """Statistics of two inputs of the same weight taken together."""
+    return Stats(
+        tokens=a.tokens + b.tokens,
+        abs_sum=a.abs_sum + b.abs_sum,
+        square_sum=a.square_sum + b.square_sum,
+        peak=torch.maximum(a.peak, b.peak),
+    )
