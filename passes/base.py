@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 
 @dataclass
@@ -69,8 +69,12 @@ def _copied(graph: Graph) -> Graph:
     warning.
     """
     copied = Graph()
-    output, old = copied.graph_copy(graph, val_map={}, return_output_node=True)  # type: ignore[misc]
-    copied.output(output).meta = dict(old.meta)
+    copies: dict[Node, Node] = {}
+    output, old = copied.graph_copy(graph, val_map=copies, return_output_node=True)  # type: ignore[misc]
+    copies[old] = copied.output(output)
+    copies[old].meta = dict(old.meta)
+    for node, copy_of in copies.items():
+        copy_of.name = node.name  # torch.fx renames what shadows a builtin, such as `input`
     return copied
 
 
