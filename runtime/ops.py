@@ -20,6 +20,7 @@ def linear_24(x: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tens
 
     `scale` is [1, 1], [N, 1] or [N, G], where G divides K and each scale serves K / G inputs.
     """
+    _check_24(x, values, indices, scale)
     codes = unpack_24(values, indices)
     return linear(x, _scaled(codes, scale, codes.shape[1] // scale.shape[1], x.dtype))
 
@@ -29,6 +30,7 @@ def linear_int4(x: Tensor, codes: Tensor, scale: Tensor, group: int) -> Tensor:
 
     `scale` is [1, 1], [N, 1] or [N, ceil(K / group)]; input j uses scale j // group.
     """
+    _check_int4(x, codes, scale, group)
     return linear(x, _scaled(unpack_nibbles(codes, x.shape[-1]), scale, group, x.dtype))
 
 
@@ -38,30 +40,39 @@ def _scaled(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Ten
     return codes.to(dtype) * scale.to(dtype)
 
 
+def _check_24(x: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> None:
+    N, K = values.shape[0], values.shape[1] * 4
+    torch._check(x.shape[-1] == K, lambda: f"linear_24: x ends in {x.shape[-1]}, the weight in {K}")
+    torch._check(
+        indices.shape == (N, -(-K // 8)),
+        lambda: f"linear_24: indices {tuple(indices.shape)} for a weight [{N}, {K}]",
+    )
+    torch._check(
+        scale.shape[0] in (1, N) and K % scale.shape[1] == 0,
+        lambda: f"linear_24: scale {tuple(scale.shape)} for a weight [{N}, {K}]",
+    )
+
+
+def _check_int4(x: Tensor, codes: Tensor, scale: Tensor, group: int) -> None:
+    N, K = codes.shape[0], x.shape[-1]
+    torch._check(
+        codes.shape[1] == -(-K // 2),
+        lambda: f"linear_int4: x ends in {K}, the codes have {codes.shape[1]} bytes a row",
+    )
+    torch._check(
+        scale.shape[0] in (1, N) and scale.shape[1] in (1, -(-K // group)),
+        lambda: f"linear_int4: scale {tuple(scale.shape)} for a weight [{N}, {K}], group {group}",
+    )
+
+
 def _fake_24(x: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
-    N, groups = values.shape
-    torch._check(
-        x.shape[-1] == groups * 4, lambda: f"linear_24: x ends in {x.shape[-1]}, not {groups * 4}"
-    )
-    torch._check(
-        indices.shape == (N, (groups + 1) // 2), lambda: f"linear_24: indices {indices.shape}"
-    )
-    torch._check(
-        scale.shape[0] in (1, N), lambda: f"linear_24: scale {scale.shape} for {N} outputs"
-    )
-    torch._check(groups * 4 % scale.shape[1] == 0, lambda: f"linear_24: scale {scale.shape}")
-    return x.new_empty(*x.shape[:-1], N)
+    _check_24(x, values, indices, scale)
+    return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
 def _fake_int4(x: Tensor, codes: Tensor, scale: Tensor, group: int) -> Tensor:
-    N, K = codes.shape[0], x.shape[-1]
-    torch._check(
-        (K + 1) // 2 == codes.shape[1], lambda: f"linear_int4: x ends in {K}, codes {codes.shape}"
-    )
-    torch._check(
-        scale.shape[0] in (1, N), lambda: f"linear_int4: scale {scale.shape} for {N} outputs"
-    )
-    return x.new_empty(*x.shape[:-1], N)
+    _check_int4(x, codes, scale, group)
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 def _define(schema: str, reference, fake):  # type: ignore[no-untyped-def]

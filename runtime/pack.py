@@ -16,7 +16,7 @@ from torch import Tensor
 
 def fits_24(n: int, m: int) -> bool:
     """Does n:m sparsity never leave more than two weights in an aligned group of four?"""
-    return (m % 4 == 0 and n <= 2) or (n, m) == (1, 2)
+    return n == 1 or (n == 2 and m % 4 == 0)
 
 
 def pack_24(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +48,8 @@ def unpack_24(values: Tensor, indices: Tensor) -> Tensor:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Codes int8 [N, K] -> uint8 [N, ceil(K/2)]; an odd K ends in a zero code."""
+    if codes.numel() and codes.abs().max() > 7:
+        raise AssertionError("pack_nibbles: a code is outside [-7, 7]")
     return _join_nibbles((codes + 8).to(torch.uint8), fill=8)
 
 

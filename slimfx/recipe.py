@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -75,7 +76,9 @@ class Adapter:
         _one_of("adapter.method", self.method, COMPENSATORS)
         _one_of("adapter.bits", self.bits, (4, 16, 32))
         _at_least("adapter.group", self.group, 1)
-        if self.rank <= 0 or (self.rank >= 1 and self.rank != int(self.rank)):
+        if not (
+            0 < self.rank < 1 or (math.isfinite(self.rank) and self.rank == int(self.rank) > 0)
+        ):
             raise RecipeError(
                 f"adapter.rank: {self.rank} is neither a share below 1 nor a whole number above 0"
             )
@@ -137,8 +140,12 @@ class Recipe:
     """The last matching one wins, key by key."""
 
     def __post_init__(self) -> None:
+        plain = together = LayerRecipe(self.prune, self.quantize, self.adapter)
         for override in self.overrides:
-            self._apply(LayerRecipe(self.prune, self.quantize, self.adapter), override)
+            try:
+                together = self._apply(together, override)
+            except RecipeError:
+                self._apply(plain, override)  # impossible after the others, fine alone
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """The settings of layer `name`; None when it is to be skipped."""
@@ -164,7 +171,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every key present, the canonical form."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         """The canonical form as YAML; `from_yaml` reads it back to an equal recipe."""
@@ -197,7 +204,8 @@ class Recipe:
     def from_yaml(cls, text: str) -> Recipe:
         """Parse YAML (safe subset: no object tags)."""
         try:
-            return cls.from_dict(yaml.safe_load(text) or {})
+            data = yaml.safe_load(text)
+            return cls.from_dict({} if data is None else data)
         except yaml.YAMLError as error:
             raise RecipeError(f"the recipe is not valid YAML: {error}") from error
 
@@ -214,13 +222,17 @@ class Recipe:
             return source
         if str(source) in PRESETS:
             return cls.preset(str(source))
-        path = Path(source)
-        if not path.is_file():
+        try:
+            return cls.from_yaml(Path(source).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
             raise RecipeError(
-                f"{source}: no such recipe file, and no preset of that name; presets: "
-                f"{', '.join(PRESETS)}"
-            )
-        return cls.from_yaml(path.read_text(encoding="utf-8"))
+                f"{source}: a recipe is a text file, this is not ({error})"
+            ) from error
+        except OSError as error:
+            raise RecipeError(
+                f"{source}: no recipe file can be read there ({error.strerror}), and no preset has "
+                f"that name; presets: {', '.join(PRESETS)}"
+            ) from error
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -264,6 +276,9 @@ def _check_keys(
 
 def _build(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     _check_keys(data, cls, where)
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if item.default is item.default_factory is dataclasses.MISSING and item.name not in data:
+            raise RecipeError(f"{where}: the key {item.name} is missing")
     kinds = typing.get_type_hints(cls)
     return cls(
         **{key: _convert(value, kinds[key], _join(where, key)) for key, value in data.items()}
@@ -291,6 +306,15 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise RecipeError(f"{where}: {value!r} is not of type {kind.__name__}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """Data as JSON has it; a whole number is an int, so that equal recipes look equal."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _join(where: str, key: Any) -> str:

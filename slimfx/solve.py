@@ -98,8 +98,9 @@ def _store(matrix: Tensor, how: Adapter) -> Quantized | Tensor:
 
 def _decibels(W: Tensor, error: Tensor, stats: Stats) -> float:
     """10 log10 of E||W x||^2 / E||error x||^2 for inputs with the measured rms."""
-    noise = (error * stats.rms).square().sum().item()
-    signal = (W * stats.rms).square().sum().item()
+    rms = stats.rms.double()
+    noise = (error.double() * rms).square().sum().item()
+    signal = (W.double() * rms).square().sum().item()
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
 
 

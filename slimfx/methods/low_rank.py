@@ -12,15 +12,16 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     E E^T = U S^2 U^T is solved on the smaller side (Eckart-Young-Mirsky); R has orthonormal
     columns and L carries the singular values, so that grouped integer scales lose little on either.
     """
-    E = error.float()
+    peak = error.abs().max().float()
+    E = error.float() / peak if peak > 0 else error.float()  # so that squares stay in range
     if E.shape[0] <= E.shape[1]:
         _, U = torch.linalg.eigh(E @ E.T)  # eigenvalues ascend
         R = U[:, -rank:].flip(1).contiguous()
-        return R.T @ E, R
+        return peak * (R.T @ E), R
     _, V = torch.linalg.eigh(E.T @ E)
     V = V[:, -rank:].flip(1)
     US = E @ V  # [N, r], columns are singular values times left vectors
     S = US.norm(dim=0)
-    floor = S.max() * torch.finfo(S.dtype).eps
-    R = torch.where(S > floor, US / S.clamp_min(1e-30), torch.zeros((), device=E.device))
-    return S[:, None] * V.T, R
+    alive = S.max() * torch.finfo(S.dtype).eps < S
+    R = torch.where(alive, US / S.clamp_min(1e-30), 0.0)
+    return peak * S[:, None] * V.T, R

@@ -39,8 +39,9 @@ def spread(scale: Tensor, group: int, width: int) -> Tensor:
 
 def quantize(weight: Tensor, scale: Tensor, *, group: int, bits: int) -> Quantized:
     """Round `weight` [N, K] to the nearest code (ties to even); a zero scale gives zero codes."""
+    scale = scale.to(torch.bfloat16)
     step = spread(scale.float(), group, weight.shape[1])
     ratio = torch.where(step > 0, weight.float() / step, torch.zeros((), device=weight.device))
     top = largest_code(bits)
     codes = ratio.round().clamp_(-top, top).to(torch.int8)
-    return Quantized(codes=codes, scale=scale.to(torch.bfloat16), group=group)
+    return Quantized(codes=codes, scale=scale, group=group)

@@ -16,9 +16,8 @@ def slim_lora(error: Tensor, stats: Stats, *, rank: int) -> tuple[Tensor, Tensor
     first. x is the saliency: mean |x_j| shifted by its smallest value, which keeps diag(x)
     invertible.
     """
-    x = saliency(stats)
-    L, R = low_rank(error.float() * x, rank)
-    return L / x, R
+    _, R = low_rank(error.float() * saliency(stats), rank)
+    return R.T @ error.float(), R  # as R R^T E diag(x) diag(1/x), without dividing by a small x
 
 
 def saliency(stats: Stats) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slimfx.methods.quantized import largest_code
 
-_OCTAVES = 16  # an optimum below max|w| / 2^16 would need more than 2^32 weights
+_OCTAVES = 20  # an optimum below max|w| / 7 / 2^17 would need more than 2^34 weights
 _CHUNK = 1 << 22  # weights looked at together, so that memory stays flat
 
 
@@ -27,7 +27,7 @@ def slim_quant(weight: Tensor, *, bits: int, granularity: str, group: int) -> Te
     `granularity` must be "tensor" (the recipe checks it). An all-zero weight has scale zero.
     """
     magnitude = weight.detach().flatten().abs()
-    candidates = _bfloat16_below(magnitude.max().item() / largest_code(bits) * 1.01)
+    candidates = _bfloat16_below(magnitude.max().item())  # at max|w| only code 1 is in use
     if not len(candidates):
         return torch.zeros(1, 1, dtype=torch.bfloat16, device=weight.device)
     candidates = candidates.to(weight.device)
@@ -52,9 +52,9 @@ def slim_quant(weight: Tensor, *, bits: int, granularity: str, group: int) -> Te
 
 
 def _bfloat16_below(top: float) -> Tensor:
-    """Every normal bfloat16 in (top / 2^16, top], ascending, as float64."""
-    highest = torch.tensor(top, dtype=torch.bfloat16).view(torch.int16).item()
+    """Every normal bfloat16 from top / 2^20 to just above top, ascending, as float64."""
+    highest = int(torch.tensor(top, dtype=torch.bfloat16).view(torch.int16)) + 1
     lowest = max(highest - _OCTAVES * 128, 128)
-    bits = torch.arange(lowest, highest + 1, dtype=torch.int16)
+    bits = torch.arange(lowest, max(lowest, highest), dtype=torch.int16)
     values = bits.view(torch.bfloat16).double()
     return values[(values > 0) & values.isfinite()]

@@ -1,0 +1,88 @@
+"""Codes and scales: nearest code, ties to even, ragged groups."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slimfx.methods.quantized import Quantized, largest_code, quantize, spread
+
+
+def dense(codes: Tensor, scale: Tensor, group: int) -> Tensor:
+    """codes[i, j] * scale[i, j // group] one by one in float64."""
+    out = torch.zeros(codes.shape, dtype=torch.float64)
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            row = i if scale.shape[0] > 1 else 0
+            column = j // group if scale.shape[1] > 1 else 0
+            out[i, j] = codes[i, j].item() * scale[row, column].item()
+    return out
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
+    """A weight, a scale of any form that clips some of it, group and bits."""
+    N, K = draw(st.integers(1, 5)), draw(st.integers(1, 13))
+    group, bits = draw(st.integers(1, 16)), draw(st.integers(2, 8))
+    torch.manual_seed(draw(st.integers(0, 999)))
+    shape = draw(st.sampled_from([(1, 1), (N, 1), (N, -(-K // group))]))
+    scale = torch.rand(shape) / largest_code(bits) + 1e-3
+    return torch.randn(N, K), scale.to(torch.bfloat16), group, bits
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases())
+def test_dense_is_code_times_scale(case: tuple[Tensor, Tensor, int, int]) -> None:
+    W, scale, group, bits = case
+    coded = quantize(W, scale, group=group, bits=bits)
+    assert coded.codes.dtype == torch.int8
+    assert torch.equal(coded.dense().double(), dense(coded.codes, scale, group).float().double())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases())
+def test_no_other_code_is_nearer(case: tuple[Tensor, Tensor, int, int]) -> None:
+    W, scale, group, bits = case
+    top = 2 ** (bits - 1) - 1
+    coded = quantize(W, scale, group=group, bits=bits)
+    assert coded.codes.abs().max() <= top
+    step = dense(torch.ones_like(coded.codes), scale, group)
+    every = torch.arange(-top, top + 1)[:, None, None] * step
+    best = (every - W.double()).abs().amin(0)
+    assert ((coded.dense().double() - W.double()).abs() <= best + 1e-6 * step).all()
+
+
+def test_ties_go_to_the_even_code() -> None:
+    W = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    coded = quantize(W, torch.ones(1, 1), group=6, bits=4)
+    assert coded.codes.tolist() == [[0, 2, 2, 0, -2, -2]]
+
+
+def test_a_weight_beyond_the_largest_code_is_clipped_on_both_sides_alike() -> None:
+    coded = quantize(torch.tensor([[-100.0, -8.0, 8.0, 100.0]]), torch.ones(1, 1), group=4, bits=4)
+    assert coded.codes.tolist() == [[-7, -7, 7, 7]]
+
+
+def test_a_zero_scale_gives_zero_codes() -> None:
+    scale = torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16)
+    coded = quantize(torch.tensor([[3.0, 3.0, 3.0, 3.0]]), scale, group=2, bits=4)
+    assert coded.codes.tolist() == [[0, 0, 3, 3]]
+    assert coded.dense().tolist() == [[0.0, 0.0, 3.0, 3.0]]
+
+
+def test_a_ragged_last_group_uses_the_last_scale() -> None:
+    scale = torch.tensor([[1.0, 2.0, 4.0]])
+    assert spread(scale, 2, 5).tolist() == [[1.0, 1.0, 2.0, 2.0, 4.0]]
+
+
+def test_a_code_survives_being_quantized_again() -> None:
+    scale = torch.tensor([[0.123]], dtype=torch.bfloat16)
+    codes = torch.arange(-7, 8, dtype=torch.int8)[None]
+    again = quantize(Quantized(codes, scale, 15).dense(), scale, group=15, bits=4)
+    assert torch.equal(again.codes, codes)
+
+
+@pytest.mark.parametrize(("bits", "top"), [(2, 1), (4, 7), (8, 127)])
+def test_the_largest_code_leaves_the_range_symmetric(bits: int, top: int) -> None:
+    assert largest_code(bits) == top

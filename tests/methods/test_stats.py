@@ -1,0 +1,91 @@
+"""Sums over tokens against loops in float64, however the tokens are cut into calls."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
+
+PARTS = ("abs_sum", "square_sum", "peak")
+
+
+def reference(x: Tensor) -> dict[str, list[float]]:
+    """The three sums of each column, value by value."""
+    columns = [[v.item() for v in column] for column in x.double().T]
+    return {
+        "abs_sum": [sum(abs(v) for v in column) for column in columns],
+        "square_sum": [sum(v * v for v in column) for column in columns],
+        "peak": [max((abs(v) for v in column), default=0.0) for column in columns],
+    }
+
+
+def assert_same(stats: Stats, x: Tensor) -> None:
+    """Each sum within float32 rounding of the reference, and of float64 type."""
+    assert stats.tokens == len(x)
+    for part, expected in reference(x).items():
+        found = getattr(stats, part)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=1e-30)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 999),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.integers(1, 7),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_equals_the_loop_over_all_tokens_however_they_are_cut(
+    seed: int, cuts: list[int], K: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(sum(cuts), K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    stats = empty_stats(K)
+    for part in x.split(cuts):
+        stats = add_tokens(stats, part)
+    assert_same(stats, x)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 999), st.integers(0, 5), st.integers(0, 5))
+def test_a_merge_is_the_statistics_of_both_together(seed: int, one: int, two: int) -> None:
+    torch.manual_seed(seed)
+    a, b = torch.randn(one, 3), torch.randn(two, 3)
+    both = merge(add_tokens(empty_stats(3), a), add_tokens(empty_stats(3), b))
+    assert_same(both, torch.cat([a, b]))
+
+
+def test_the_mean_is_at_most_the_rms_and_the_rms_at_most_the_peak() -> None:
+    stats = add_tokens(empty_stats(11), torch.randn(40, 11) * torch.logspace(-6, 6, 11))
+    assert (stats.mean_abs < stats.rms).all()
+    assert (stats.rms < stats.peak).all()
+
+
+def test_of_one_token_mean_rms_and_peak_are_the_token() -> None:
+    stats = add_tokens(empty_stats(3), torch.tensor([[1.5, -2.0, 0.0]]))
+    expected = torch.tensor([1.5, 2.0, 0.0])
+    assert torch.equal(stats.mean_abs, expected)
+    assert torch.equal(stats.rms, expected)
+    assert torch.equal(stats.peak, expected.double())
+
+
+def test_no_token_at_all_has_mean_and_rms_zero() -> None:
+    stats = empty_stats(4)
+    assert stats.tokens == 0
+    assert stats.mean_abs.tolist() == stats.rms.tolist() == stats.peak.tolist() == [0.0] * 4
+
+
+def test_many_calls_lose_nothing_to_rounding() -> None:
+    stats = empty_stats(1)
+    for value in (1e8, *[1.0] * 100):  # in float32 the ones would vanish
+        stats = add_tokens(stats, torch.tensor([[value]]))
+    assert stats.abs_sum.item() == 1e8 + 100
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_adding_tokens_leaves_the_earlier_statistics_as_they_were(part: str) -> None:
+    first = add_tokens(empty_stats(2), torch.ones(1, 2))
+    before = getattr(first, part).clone()
+    add_tokens(first, torch.full((5, 2), 9.0))
+    assert torch.equal(getattr(first, part), before)
