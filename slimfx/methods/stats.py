@@ -16,6 +16,15 @@ class Stats:
     abs_sum: Tensor
     square_sum: Tensor
     peak: Tensor
+    product_sum: Tensor | None = None
+    """X^T X, float32 [K, K], for the methods that need it."""
+
+    @property
+    def covariance(self) -> Tensor:
+        """H = X^T X / tokens, float32 [K, K]."""
+        if self.product_sum is None:
+            raise AssertionError("these statistics were taken without the covariance")
+        return self.product_sum / max(self.tokens, 1)
 
     @property
     def mean_abs(self) -> Tensor:
@@ -28,10 +37,13 @@ class Stats:
         return (self.square_sum / max(self.tokens, 1)).sqrt().float()
 
 
-def empty_stats(width: int, device: torch.device | str = "cpu") -> Stats:
+def empty_stats(
+    width: int, device: torch.device | str = "cpu", *, covariance: bool = False
+) -> Stats:
     """Statistics of no token at all."""
     zeros = torch.zeros(width, dtype=torch.float64, device=device)
-    return Stats(tokens=0, abs_sum=zeros, square_sum=zeros, peak=zeros)
+    products = torch.zeros(width, width, device=device) if covariance else None
+    return Stats(0, zeros, zeros, zeros, products)
 
 
 def add_tokens(stats: Stats, x: Tensor) -> Stats:
@@ -43,6 +55,7 @@ def add_tokens(stats: Stats, x: Tensor) -> Stats:
         abs_sum=stats.abs_sum + magnitude.sum(0).double(),
         square_sum=stats.square_sum + x.square().sum(0).double(),
         peak=torch.maximum(stats.peak, magnitude.amax(0).double()) if len(x) else stats.peak,
+        product_sum=None if stats.product_sum is None else stats.product_sum + x.T @ x,
     )
 
 
@@ -53,4 +66,9 @@ def merge(a: Stats, b: Stats) -> Stats:
         abs_sum=a.abs_sum + b.abs_sum,
         square_sum=a.square_sum + b.square_sum,
         peak=torch.maximum(a.peak, b.peak),
+        product_sum=(
+            None
+            if a.product_sum is None or b.product_sum is None
+            else a.product_sum + b.product_sum
+        ),
     )
