@@ -52,15 +52,19 @@ class Edit:
 
 
 def edit(program: ExportedProgram) -> Edit:
-    """Copy the graph and the signature; tensors are shared, the program itself stays as it is."""
+    """Copy the graph, the signature and the buffers a program writes to; share other tensors."""
     signature = program.graph_signature
+    buffers = written_buffers(program)
     return Edit(
         program=program,
         graph=_copied(program.graph),
         signature=ExportGraphSignature(
             list(signature.input_specs), copy.deepcopy(signature.output_specs)
         ),
-        state_dict=dict(program.state_dict),
+        state_dict={
+            name: tensor.detach().clone() if name in buffers else tensor
+            for name, tensor in program.state_dict.items()
+        },
     )
 
 
@@ -88,6 +92,20 @@ def _symbols(graph: Graph) -> set[Any]:
         if isinstance(size, torch.SymInt)
     ]
     return {symbol for expression in shapes for symbol in expression.free_symbols}
+
+
+def written_buffers(program: ExportedProgram) -> set[str]:
+    """The buffers a program may write to: all of them, if it changes anything in place."""
+    signature = program.graph_signature
+    if any(changes_in_place(node) for node in program.graph.nodes):
+        return set(signature.inputs_to_buffers.values())
+    return set(signature.buffers_to_mutate.values())
+
+
+def changes_in_place(node: Node) -> bool:
+    """Does the node write to one of its arguments?"""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:

@@ -19,6 +19,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 aten = torch.ops.aten
+PREFIX = "slim_"
+"""What the names of a compressed layer's own tensors begin with."""
+
 _PRODUCTS = (aten.mm.default, aten.matmul.default)
 
 
@@ -91,6 +94,8 @@ def _weight_placeholders(program: ExportedProgram) -> dict[str, str]:
         if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
             continue
         tensor = lifted_tensor(program, spec)
+        if str(spec.target).rpartition(".")[2].startswith(PREFIX):
+            continue  # an adapter of a layer that is already compressed
         if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.is_floating_point():
             found[name] = first.setdefault(storage_key(tensor, str(spec.target)), str(spec.target))
     return {name: fqn for name, fqn in found.items() if fqn in program.state_dict}
@@ -128,7 +133,7 @@ def _through_transpose(node: object) -> tuple[Node | None, bool]:
     if node.op == "placeholder":
         return node, False
     flips = (
-        node.target in (aten.t.default, aten.numpy_T.default)
+        node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
         or (node.target is aten.transpose.int and {d % 2 for d in node.args[1:]} == {0, 1})  # type: ignore[operator]
         or (node.target is aten.permute.default and list(node.args[1]) == [1, 0])  # type: ignore[arg-type]
     )
@@ -154,12 +159,15 @@ def _other_readers(
 def _names(uses: dict[str, list[Use]]) -> dict[str, str]:
     """Parameter -> layer name: the module path where it is the module's only linear weight."""
     paths = {fqn: module_path(found[0].node) for fqn, found in uses.items()}
-    alone = {path for path in paths.values() if path and list(paths.values()).count(path) == 1}
+    names = {}
+    for fqn, path in paths.items():
+        own = fqn == f"{path}.weight" or not fqn.startswith(path)
+        alone = list(paths.values()).count(path) == 1
+        names[fqn] = path if path and own and alone else fqn.removesuffix(".weight")
+    taken = list(names.values())
     return {
-        fqn: path
-        if path in alone and (fqn == f"{path}.weight" or not fqn.startswith(path))
-        else fqn.removesuffix(".weight")
-        for fqn, path in paths.items()
+        fqn: name if taken.count(name) == 1 else fqn.removesuffix(".weight")
+        for fqn, name in names.items()
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from slimfx.errors import SlimError
@@ -24,9 +25,15 @@ class InputInfo:
     sizes: tuple[tuple[int, int | None], ...]
 
 
+def input_names(program: ExportedProgram) -> list[str]:
+    """The names of all inputs, constants among them, in call order."""
+    specs = program.graph_signature.input_specs
+    return [spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT]  # type: ignore[union-attr]
+
+
 def tensor_inputs(program: ExportedProgram) -> dict[str, InputInfo]:
     """The tensor inputs by name, in call order."""
-    users = set(program.graph_signature.user_inputs)
+    users = set(input_names(program))
     found = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -54,13 +61,13 @@ def flat_inputs(program: ExportedProgram, batch: Any) -> list[Any]:
     Raises:
         SlimError: names or number of inputs differ from the program's.
     """
-    names = list(program.graph_signature.user_inputs)
+    names = input_names(program)
     if isinstance(batch, Mapping):
         if set(batch) != set(names):
             raise SlimError(
-                f"a batch has inputs {sorted(batch)}, the program takes {sorted(map(str, names))}"
+                f"a batch has inputs {sorted(batch)}, the program takes {sorted(names)}"
             )
-        return [batch[name] for name in names]  # type: ignore[index]
+        return [batch[name] for name in names]
     values = list(batch) if isinstance(batch, Sequence) else [batch]
     if len(values) != len(names):
         raise SlimError(

@@ -17,7 +17,7 @@ from typing import Any
 import slimfx.runtime.ops  # noqa: F401  the ops must exist before their overloads are named
 import torch
 from slimfx.passes.base import Edit, edit, fake_mode
-from slimfx.passes.find_linears import Site, Use, storage_key
+from slimfx.passes.find_linears import PREFIX, Site, Use, storage_key
 from slimfx.runtime.pack import Packed24, PackedInt4, PackedLinear
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -49,7 +49,7 @@ class _Placeholders:
 
     def __init__(self, change: Edit, fqn: str) -> None:
         self.change = change
-        self.prefix = f"{fqn.removesuffix('.weight')}.slim_"
+        self.prefix = f"{fqn.removesuffix('.weight')}.{PREFIX}"
         self.made: dict[str, Node] = {}
 
     def get(self, name: str, tensor: Tensor) -> Node:
@@ -64,6 +64,7 @@ class _Placeholders:
         fqn = self.prefix + name
         with graph.inserting_before(first):
             node = graph.placeholder("b_" + fqn.replace(".", "_").lower())
+        node.target = node.name  # made unique where two names differ in case or dots alone
         node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
         spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
         signature.input_specs.append(spec)

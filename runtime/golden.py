@@ -81,8 +81,14 @@ def replay(program: ExportedProgram, golden: bytes, tolerance: float) -> CheckRe
 
 
 def _run(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> list[Tensor]:
-    with torch.no_grad():
-        outputs = program.module()(*inputs[0], **inputs[1])
+    module = program.module()
+    for part in module.modules():  # a program that writes to its buffers must not change here
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.clone()
+    copies = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        outputs = module(*copies[0], **copies[1])
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
 
 

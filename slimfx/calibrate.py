@@ -6,8 +6,9 @@ therefore sees the output of the compressed block i.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch.fx.node import map_arg
 
 from slimfx.errors import CalibrationError
 from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
-from slimfx.passes.base import input_specs, lifted_tensor
+from slimfx.passes.base import changes_in_place, input_specs, lifted_tensor
 from slimfx.passes.cut_blocks import Block
-from slimfx.passes.inputs import flat_inputs
+from slimfx.passes.find_linears import storage_key
+from slimfx.passes.inputs import flat_inputs, input_names
 from slimfx.passes.observe_inputs import Observation
 
 Values = dict[Node, Any]
@@ -38,16 +40,20 @@ class Walk:
 
 
 def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
-    """Stand before the first block; buffers are copied, since a program may write to them."""
-    specs = input_specs(program)
+    """Stand before the first block.
+
+    Raises:
+        CalibrationError: there is no batch.
+    """
+    if not batches:
+        raise CalibrationError("no calibration batch was given; one is the least")
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    lifted = {}
-    for name, spec in specs.items():
-        if spec.kind is not InputKind.USER_INPUT:
-            value = lifted_tensor(program, spec)
-            copied = spec.kind is InputKind.BUFFER and isinstance(value, Tensor)
-            lifted[nodes[name]] = value.clone() if copied else value
-    users = [nodes[name] for name in program.graph_signature.user_inputs if name in nodes]
+    lifted = {
+        nodes[name]: lifted_tensor(program, spec)
+        for name, spec in input_specs(program).items()
+        if spec.kind is not InputKind.USER_INPUT
+    }
+    users = [nodes[name] for name in input_names(program)]
     values = [dict(zip(users, flat_inputs(program, batch), strict=True)) for batch in batches]
     masks = [
         next((v for n, v in each.items() if n.name == "attention_mask"), None) for each in values
@@ -66,56 +72,90 @@ def observe(
         CalibrationError: an input is NaN or infinite, or nothing reached a layer; names the layer.
     """
     stats: dict[Node, Stats] = {}
+    watches = {watch.node: watch for watch in watched}
+
+    def watch(node: Node, x: Tensor, mask: Tensor | None) -> None:
+        rows = _rows(x, mask, watches[node].mask)
+        if node not in stats:
+            full = not covariance.isdisjoint(watches[node].sites)
+            stats[node] = empty_stats(rows.shape[1], rows.device, covariance=full)
+        stats[node] = add_tokens(stats[node], rows)
+
     for values, mask in zip(walk.batches, walk.masks, strict=True):
-        seen = _run(walk, block, values, keep={w.node for w in watched})
-        for watch in watched:
-            rows = _rows(seen[watch.node], mask if watch.masked else None)
-            if watch.node not in stats:
-                full = not covariance.isdisjoint(watch.sites)
-                stats[watch.node] = empty_stats(rows.shape[1], rows.device, covariance=full)
-            stats[watch.node] = add_tokens(stats[watch.node], rows)
+        seen = partial(watch, mask=mask)
+        _run(walk, block, values, keep=frozenset(), watch=dict.fromkeys(watches, seen))
     sites: dict[str, Stats] = {}
-    for watch in watched:
-        found = stats[watch.node]
-        for name in watch.sites:
+    for node, found in stats.items():
+        for name in watches[node].sites:
             _check(name, found)
             sites[name] = merge(sites[name], found) if name in sites else found
     return sites
 
 
 def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
-    """Run a block with other weights (parameter name -> tensor) and stand before the next one."""
+    """Run a block with other weights (parameter name -> tensor) and stand before the next one.
+
+    A weight is replaced wherever its storage is read, whatever name it has there.
+    """
+    state = walk.program.state_dict
+    swaps = {storage_key(state[fqn], fqn): tensor for fqn, tensor in weights.items()}
     specs = input_specs(walk.program)
     swapped = {
-        node: weights.get(str(specs[node.name].target), value)
+        node: swaps.get(storage_key(value, str(specs[node.name].target)), value)
+        if isinstance(value, Tensor)
+        else value
         for node, value in walk.lifted.items()
     }
     changed = replace(walk, lifted=swapped)
     return replace(
-        walk, batches=[_run(changed, block, values, keep=block.live_out) for values in walk.batches]
+        walk,
+        batches=[_run(changed, block, values, keep=block.live_out) for values in walk.batches],
     )
 
 
 @torch.no_grad()
-def _run(walk: Walk, block: Block, values: Values, keep: frozenset[Node] | set[Node]) -> Values:
-    """Interpret the block's nodes and return the values in `keep`; others go at their last use."""
-    env = dict(values)
+def _run(
+    walk: Walk,
+    block: Block,
+    values: Values,
+    keep: frozenset[Node],
+    watch: Mapping[Node, Callable[[Node, Tensor], None]] | None = None,
+) -> Values:
+    """Interpret the block's nodes and return the values in `keep`; others go at their last use.
+
+    `watch` is called with a node's value as soon as it is there. A block that changes tensors in
+    place works on copies, so that it can be run again.
+    """
+    writes = any(changes_in_place(node) for node in block.nodes)
+    env = {node: _copy(value) if writes else value for node, value in values.items()}
     last_use = {source: node for node in block.nodes for source in node.all_input_nodes}
-    inside = set(block.nodes)
+    inside, watch = set(block.nodes), watch or {}
 
     def value(node: Node) -> Any:
-        return env[node] if node in env else walk.lifted[node]
+        if node not in env:
+            if not writes:
+                return walk.lifted[node]
+            env[node] = _copy(walk.lifted[node])
+        return env[node]
 
+    for node in [n for n in watch if n not in inside]:
+        watch[node](node, value(node))
     for node in block.nodes:
         if node.op == "get_attr":
             env[node] = _attribute(walk.program.graph_module, str(node.target))
             continue
         args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
         env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if node in watch:
+            watch[node](node, env[node])
         for source in node.all_input_nodes:
             if source in inside and last_use[source] is node and source not in keep:
                 del env[source]
     return {node: env[node] for node in keep if node in env}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _attribute(root: Any, path: str) -> Any:
@@ -124,10 +164,12 @@ def _attribute(root: Any, path: str) -> Any:
     return root
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+def _rows(x: Tensor, mask: Tensor | None, alignment: str) -> Tensor:
     """The token rows [tokens, K] of an input, without padding."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows if mask is None else rows[mask.reshape(-1) != 0]
+    if mask is None or not alignment:
+        return rows
+    return rows[(mask if alignment == "rows" else mask.T).reshape(-1) != 0]
 
 
 def _check(name: str, stats: Stats) -> None:

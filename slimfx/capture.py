@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from slimfx.errors import CaptureError, need
+from slimfx.passes.drop_unused import drop_unused
 from slimfx.runtime.manifest import Manifest, attach
 
 _LONGEST_BATCH = 1024
@@ -59,10 +61,10 @@ def capture(
     else:
         args = tuple(example_inputs)
     traced = _FirstOutput(model) if hasattr(model, "main_input_name") else model
-    if dynamic_shapes is None:
-        dynamic_shapes = _first_dimension(traced, args, kwargs)
     with _evaluating(model), torch.no_grad():
         try:
+            if dynamic_shapes is None:
+                dynamic_shapes = _first_dimension(traced, args, kwargs)
             program = torch.export.export(
                 traced, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
@@ -70,7 +72,7 @@ def capture(
             raise CaptureError(
                 f"torch.export cannot trace {type(model).__name__}: {error}"
             ) from error
-    return attach(program, manifest)
+    return attach(drop_unused(program), manifest)
 
 
 class _FirstOutput(nn.Module):
@@ -109,7 +111,7 @@ def _load(source: str | Path, dtype: str) -> nn.Module:
         causal = bool(names & set(config.architectures or ()))
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         return auto.from_pretrained(source, dtype=_DTYPES[dtype]).eval()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise CaptureError(f"{source}: not a model that transformers can load ({error})") from error
 
 
@@ -122,8 +124,8 @@ def _text_manifest(source: str | Path) -> Manifest:
     if config.is_file():
         try:
             eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        except ValueError as error:
-            raise CaptureError(f"{source}: config.json is not JSON ({error})") from error
+        except (ValueError, AttributeError) as error:
+            raise CaptureError(f"{source}: config.json is no JSON mapping ({error})") from error
     return Manifest(
         tokenizer=tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
         eos_token=eos[0] if isinstance(eos, list) else eos,
@@ -139,11 +141,15 @@ def _text_inputs(model: nn.Module, max_length: int | None) -> tuple[dict[str, An
         )
     config: Any = model.config
     generates: Any = getattr(model, "can_generate", None)
-    longest = max_length or getattr(config, "max_position_embeddings", None)
+    longest = max_length
+    if longest is None:
+        longest = getattr(config, "max_position_embeddings", None)
     if longest is None:
         raise CaptureError(
             f"{type(model).__name__} does not say how long its input may be; give max_length"
         )
+    if longest < 2:
+        raise CaptureError(f"max_length {longest} is below 2, the shortest sequence of a program")
     length = min(16, longest)
     ids = (torch.arange(2 * length) % config.vocab_size).reshape(2, length)
     inputs = {"input_ids": ids}

@@ -55,9 +55,10 @@ def compress(
 
     packed: dict[str, PackedLinear] = {}
     reports: list[LayerReport] = []
-    for site, solution, tokens in _solutions(program, recipe, sites, batches, tell):
-        packed[site.name] = pack(solution, planned[site.name].layout)
-        reports.append(_report(planned[site.name], solution, tokens))
+    with torch.random.fork_rng():  # a program exported in training mode may draw
+        for site, solution, tokens in _solutions(program, recipe, sites, batches, tell):
+            packed[site.name] = pack(solution, planned[site.name].layout)
+            reports.append(_report(planned[site.name], solution, tokens))
     compressed = replace_linears(program, sites, packed)
     return attach(compressed, _manifest(program, recipe, batches, reports, skipped))
 
@@ -75,7 +76,7 @@ def _solutions(
     walk = calibrate.start(program, batches)
     for block in blocks[: last + 1]:
         tell(done / total, block.name or "model")
-        watched = observe_inputs(program, block.sites)
+        watched = observe_inputs(program, block.sites, set(block.nodes))
         stats = calibrate.observe(walk, block, watched, full) if watched else {}
         weights: dict[str, Tensor] = {}
         for site in block.sites:

@@ -15,7 +15,7 @@ import json
 import lzma
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ def batches(program: ExportedProgram, source: Any, how: Calibration) -> list[Bat
     Raises:
         CalibrationError: no such source, no tokenizer, or too little text.
     """
+    if isinstance(source, Mapping):
+        return [source]
     if is_batches(source):
         return list(source)
     inputs = tensor_inputs(program)
@@ -136,6 +138,11 @@ def documents(source: Any) -> list[str]:
     """The documents of a source; a plain text file is cut into paragraphs at blank lines."""
     if source is None:
         return python_documents()[0]
+    if isinstance(source, Tensor):
+        raise CalibrationError(
+            "a row of tokens does not say where documents end; give this program texts, or "
+            "batches of input_ids and attention_mask"
+        )
     if isinstance(source, Sequence) and not isinstance(source, str | bytes):
         return list(source)
     path = Path(source)
@@ -152,12 +159,18 @@ def _read(path: Path) -> list[str]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             if name.endswith((".jsonl", ".ndjson")):
-                return [json.loads(line)["text"] for line in file if line.strip()]
+                return [_text(json.loads(line)["text"]) for line in file if line.strip()]
             return [p for p in re.split(r"\n\s*\n", file.read()) if p.strip()]
     except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
         raise CalibrationError(
             f"{path}: not text, nor JSON lines with a text field ({error})"
         ) from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is {value!r}")
+    return value
 
 
 def _from_datasets(name: str) -> list[str]:
@@ -187,23 +200,22 @@ def python_documents() -> tuple[list[str], list[str]]:
     """
     from pydoc_data.topics import topics
 
-    found = [topics[name] for name in sorted(topics)]
+    texts = [topics[name] for name in sorted(topics)]
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        texts = [ast.get_docstring(tree)]
-        texts += [
-            ast.get_docstring(node)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef | ast.FunctionDef)
-        ]
-        joined = "\n\n".join(text for text in texts if text)
-        if len(joined) > 400:
-            found.append(joined)
-    held_out = found[3::4]
-    return [text for i, text in enumerate(found) if i % 4 != 3], held_out
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef)]
+        texts.append("\n\n".join(filter(None, map(ast.get_docstring, [tree, *nodes]))))
+    seen: set[str] = set()
+    found = []
+    for text in texts:  # topics repeat one another; the two parts must not
+        paragraphs = [p for p in re.split(r"\n\s*\n", text) if p.strip() not in seen]
+        seen.update(p.strip() for p in paragraphs)
+        if sum(map(len, paragraphs)) > 400:
+            found.append("\n\n".join(paragraphs))
+    return [text for i, text in enumerate(found) if i % 4 != 3], found[3::4]
 
 
 def tokenizer_of(program: ExportedProgram):  # type: ignore[no-untyped-def]

@@ -103,6 +103,8 @@ def _cosine(
         mask = batch.get("attention_mask") if isinstance(batch, dict) else None
         tokens += int(mask.sum()) if mask is not None else len(pair[0])
         tell((i + 1) / len(batches), "cosine")
+    if not found:
+        raise CalibrationError("no batch to evaluate was given; one is the least")
     values = torch.cat(found)
     return Quality("cosine", values.double().mean().item(), len(values), tokens)
 

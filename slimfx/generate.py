@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def generate(
         raise SlimError(
             f"generation needs a program of input_ids alone, this one takes {', '.join(inputs)}"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:
         raise SlimError(
             f"temperature {temperature} must not be negative, and top_p {top_p} be in (0, 1]"
         )
@@ -47,7 +48,7 @@ def generate(
     if not start:
         raise SlimError("the prompt is empty; give at least one word")
     stream = _tokens(program, start, temperature, top_p, torch.Generator().manual_seed(seed))
-    return _text(program, (token for token, _ in zip(stream, range(tokens))))
+    return _text(program, islice(stream, tokens))
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -1,0 +1,327 @@
+"""plan: every linear, its bytes to the byte, and every problem at once with the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from models import (
+    KINDS,
+    RECIPES,
+    Chain,
+    bits,
+    captured,
+    case,
+    compressed,
+    compressed_demo_lm,
+    demo_lm,
+    normal,
+)
+from slimfx.runtime.manifest import manifest_of
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import slimfx
+from slimfx.errors import PlanError
+from slimfx.plan import Plan, PlanRow
+from slimfx.recipe import PRESETS, Adapter, Override, Prune, Quantize, Recipe
+
+
+class Wide(nn.Module):
+    """Layers that every preset takes as they are: inputs in multiples of 128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(128, 384)
+        self.down = nn.Linear(384, 128, bias=False)
+        self.narrow = nn.Linear(128, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(self.down(torch.relu(self.up(x))))
+
+
+@pytest.fixture(scope="module")
+def wide() -> ExportedProgram:
+    return slimfx.capture(Wide(), (normal(1, 4, 128),))
+
+
+MORE = {
+    "channels": Recipe(prune=Prune(n=1, m=4), quantize=Quantize("absmax", granularity="channel")),
+    "dense": Recipe(prune=None, quantize=Quantize("absmax", granularity="group", group=100)),
+    "3:4": Recipe(prune=Prune(n=3, m=4), adapter=Adapter(bits=32, rank=2)),
+    "ragged adapter": Recipe(adapter=Adapter(bits=4, rank=5, group=48)),
+    "1:2": Recipe(prune=Prune("magnitude", n=1, m=2), adapter=None),
+    "overrides": Recipe(
+        skip=("narrow",),
+        overrides=(Override("down", prune=None, adapter=None), Override("up", adapter={"rank": 7})),
+    ),
+}
+
+
+def held(program: ExportedProgram) -> int:
+    """Bytes of all tensors that a program's placeholders stand for, each storage once."""
+    tensors = {}
+    for spec in program.graph_signature.input_specs:
+        for group in (program.state_dict, program.constants):
+            if spec.target in group:
+                tensor = group[spec.target]
+                key = (tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride())
+                tensors[key] = tensor.numel() * tensor.element_size()
+    return sum(tensors.values())
+
+
+def stored(program: ExportedProgram, name: str) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for key, tensor in program.state_dict.items()
+        if key.startswith(f"{name}.slim_")
+    )
+
+
+def check_bytes(program: ExportedProgram, small: ExportedProgram, planned: Plan) -> None:
+    rows = [row for row in planned.rows if not row.skipped]
+    assert rows
+    for row, layer in zip(rows, manifest_of(small).layers, strict=True):
+        assert row.bytes_after == stored(small, row.name) == layer.bytes, row.name
+        assert (row.name, row.layout, row.rank) == (layer.name, layer.layout, layer.rank)
+    assert planned.bytes_before == held(program)
+    assert planned.bytes_after == held(small)
+    weights = sum(row.out_features * row.in_features for row in rows)
+    assert planned.bits_per_weight == 8 * sum(row.bytes_after for row in rows) / weights
+    assert planned.file_bytes > planned.bytes_after
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *MORE])
+def test_bytes_are_those_of_the_compressed_program_for_every_recipe(
+    name: str, wide: ExportedProgram
+) -> None:
+    recipe = MORE[name] if name in MORE else Recipe.preset(name)
+    small = slimfx.compress(wide, recipe, [normal(2, 150, 128)])
+    check_bytes(wide, small, slimfx.plan(wide, recipe))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_those_of_the_compressed_program_for_every_model(kind: str, recipe: str) -> None:
+    planned = slimfx.plan(captured(kind), RECIPES[recipe])
+    check_bytes(captured(kind), compressed(kind, recipe), planned)
+
+
+def test_each_linear_has_a_row_with_its_figures(wide: ExportedProgram) -> None:
+    recipe = dataclasses.replace(Recipe.preset("slim-q"), skip=("narrow",))
+    up, down, narrow = slimfx.plan(wide, recipe).rows
+    method = "slim-quant + wanda 2:4 + slim-lora 4 bit"
+    codes = 384 * 128 // 4 + 384 * 128 // 8 + 2
+    adapter = 12 * 128 // 2 + 2 * 12 + 384 * 12 // 2 + 2 * 384
+    assert up == PlanRow(
+        "up", 384, 128, method, "2:4 int4", 12, 4, 4 * 384 * 128, codes + adapter, ""
+    )
+    assert (down.name, down.out_features, down.in_features) == ("down", 128, 384)
+    assert (narrow.layout, narrow.bytes_after) == ("dense", 4 * 5 * 128)
+    assert narrow.bytes_before == narrow.bytes_after and narrow.rank == 0
+    assert narrow.skipped == "skipped by the recipe"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_are_in_the_order_of_use_and_name_each_weight_once(kind: str) -> None:
+    planned = slimfx.plan(captured(kind), RECIPES["slim"])
+    names = [row.name for row in planned.rows]
+    assert len(set(names)) == len(names)
+    done = [layer.name for layer in manifest_of(compressed(kind, "slim")).layers]
+    assert [row.name for row in planned.rows if not row.skipped] == done
+
+
+def test_the_method_says_what_each_step_is(wide: ExportedProgram) -> None:
+    expected = {
+        "magnitude": "absmax + magnitude 2:4",
+        "wanda": "absmax + wanda 2:4",
+        "naive-lora": "slim-quant + wanda 2:4 + naive 16 bit",
+        "slim": "slim-quant + wanda 2:4 + slim-lora 16 bit",
+        "slim-q": "slim-quant + wanda 2:4 + slim-lora 4 bit",
+    }
+    assert {name: slimfx.plan(wide, name).rows[0].method for name in expected} == expected
+
+
+def test_memory_holds_at_least_the_program_before_and_after(wide: ExportedProgram) -> None:
+    planned = slimfx.plan(wide)
+    assert planned.peak_memory >= planned.bytes_before + planned.bytes_after + 4 * 384 * 128
+
+
+def test_a_plan_looks_at_no_weight_and_no_data() -> None:
+    model = Wide()
+    before = slimfx.plan(slimfx.capture(model, (normal(1, 4, 128),)))
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    assert slimfx.plan(slimfx.capture(model, (normal(1, 4, 128),))) == before
+    with torch.device("meta"):
+        empty = torch.export.export(
+            Wide(), (torch.zeros(4, 128),), dynamic_shapes={"x": {0: torch.export.Dim.AUTO}}
+        )
+    assert [row.bytes_after for row in slimfx.plan(empty).rows] == [
+        row.bytes_after for row in before.rows
+    ]
+
+
+def test_problems_come_before_the_calibration_data_is_touched(wide: ExportedProgram) -> None:
+    touched = []
+
+    def data() -> object:
+        touched.append(True)
+        yield normal(1, 4, 128)
+
+    recipe = Recipe(adapter=Adapter(rank=6))
+    with pytest.raises(PlanError, match="rank 6"):
+        slimfx.compress(wide, recipe, data())
+    assert not touched
+
+
+def test_the_plan_leaves_the_program_as_it_was(wide: ExportedProgram) -> None:
+    before = (str(wide.graph), {k: bits(t) for k, t in wide.state_dict.items()})
+    slimfx.plan(wide, "slim-q")
+    assert (str(wide.graph), {k: bits(t) for k, t in wide.state_dict.items()}) == before
+
+
+class Awkward(nn.Module):
+    """Widths that fit no group, a narrow layer, and a table that is also a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 48)
+        self.fine = nn.Linear(48, 30)
+        self.odd = nn.Linear(30, 40)
+        self.ragged = nn.Linear(40, 48)
+        self.narrow = nn.Linear(48, 8)
+
+    def forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(index)
+        y = self.ragged(self.odd(self.fine(x)))
+        return self.narrow(y), nn.functional.linear(y, self.table.weight)
+
+
+@pytest.fixture(scope="module")
+def awkward() -> ExportedProgram:
+    return slimfx.capture(Awkward(), (torch.arange(6),))
+
+
+BAD = Recipe(
+    quantize=Quantize("absmax", granularity="group", group=16), adapter=Adapter(rank=12), skip=()
+)
+
+
+@pytest.fixture(scope="module")
+def complaint(awkward: ExportedProgram) -> str:
+    with pytest.raises(PlanError) as caught:
+        slimfx.plan(awkward, BAD)
+    return str(caught.value)
+
+
+def test_every_problem_is_listed_at_once_with_its_layer_and_numbers(complaint: str) -> None:
+    lines = complaint.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == [
+        "odd",
+        "odd",
+        "ragged",
+        "narrow",
+        "table",
+    ]
+    for line, parts in zip(
+        lines,
+        [
+            ("in_features 30", "multiple of 4", "prune: null", "skip"),
+            ("in_features 30", "group 16", "quantize: {group: 15}"),
+            ("in_features 40", "group 16", "quantize: {group: 10}"),
+            ("rank 12", "[8, 48]", "(8)", "adapter: {rank: 0.1}"),
+            ("table.weight", "aten.embedding.default", "tied", "skip", "untie"),
+        ],
+    ):
+        for part in parts:
+            assert part in line
+    assert "fine" not in complaint
+
+
+def test_the_skip_line_of_the_complaint_solves_it(awkward: ExportedProgram, complaint: str) -> None:
+    line = complaint.splitlines()[-1]
+    skip = yaml.safe_load(line[line.index("skip:") :])
+    assert skip == {"skip": ["odd", "ragged", "narrow", "table"]}
+    recipe = Recipe.from_dict({**BAD.to_dict(), **skip})
+    rows = slimfx.plan(awkward, recipe).rows
+    assert [row.name for row in rows if not row.skipped] == ["fine"]
+
+
+def test_the_overrides_of_the_complaint_solve_it(awkward: ExportedProgram, complaint: str) -> None:
+    overrides = [{"match": "odd", "prune": None}]
+    for name, advice in re.findall(r"^(\w+): .*override it with (\w+: \{.*?\})", complaint, re.M):
+        overrides.append({"match": name, **yaml.safe_load(advice)})
+    assert len(overrides) == 4
+    recipe = Recipe.from_dict({**BAD.to_dict(), "skip": ["table"], "overrides": overrides})
+    rows = slimfx.plan(awkward, recipe).rows
+    assert [row.name for row in rows if not row.skipped] == ["fine", "odd", "ragged", "narrow"]
+    small = slimfx.compress(awkward, recipe, [torch.arange(16)])
+    check_bytes(awkward, small, slimfx.plan(awkward, recipe))
+
+
+def test_skip_patterns_that_were_there_stay_in_the_advice(awkward: ExportedProgram) -> None:
+    with pytest.raises(PlanError, match=r"skip: \[lm_head, odd, table\]"):
+        slimfx.plan(awkward, "slim")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen2"])
+def test_a_tied_head_is_refused_unless_it_is_skipped(kind: str) -> None:
+    recipe = dataclasses.replace(Recipe.preset("slim"), skip=())
+    with pytest.raises(PlanError) as caught:
+        slimfx.plan(captured(kind), recipe)
+    text = str(caught.value)
+    assert text.startswith("model.lm_head: its weight ")
+    assert "aten.embedding.default" in text and "add it to skip" in text
+    assert "skip: [model.lm_head]" in text
+    with pytest.raises(PlanError):
+        slimfx.compress(captured(kind), recipe, case(kind).batches)
+
+
+@pytest.mark.parametrize(
+    ("model", "skip", "reason"),
+    [
+        (Wide(), ("*",), r"\(up, down, narrow\)"),
+        (Chain(nn.Tanh()), (), "the program has no linear layer"),
+    ],
+)
+def test_nothing_to_compress_is_an_error(
+    model: nn.Module, skip: tuple[str, ...], reason: str
+) -> None:
+    program = slimfx.capture(model, (normal(1, 4, 128),))
+    with pytest.raises(PlanError, match=f"nothing to compress.*{reason}"):
+        slimfx.plan(program, Recipe(skip=skip))
+
+
+def test_a_share_of_the_rank_never_exceeds_a_layer(wide: ExportedProgram) -> None:
+    for share in (0.01, 0.5, 0.999):
+        for row in slimfx.plan(wide, Recipe(adapter=Adapter(rank=share))).rows:
+            assert row.rank == max(1, int(share * min(row.out_features, row.in_features)))
+
+
+def test_a_plan_of_a_compressed_program_finds_only_what_is_left(wide: ExportedProgram) -> None:
+    recipe = dataclasses.replace(Recipe.preset("slim"), skip=("narrow",))
+    small = slimfx.compress(wide, recipe, [normal(2, 150, 128)])
+    assert [row.name for row in slimfx.plan(small, "slim").rows] == ["narrow"]
+
+
+def test_adapters_that_a_bfloat16_program_multiplies_with_are_no_layers() -> None:
+    program = slimfx.capture(Wide().bfloat16(), (normal(1, 4, 128).bfloat16(),))
+    recipe = dataclasses.replace(Recipe.preset("slim"), skip=("narrow",))
+    small = slimfx.compress(program, recipe, [normal(2, 150, 128).bfloat16()])
+    assert [row.name for row in slimfx.plan(small, "slim").rows] == ["narrow"]
+
+
+@pytest.mark.parametrize("preset", ["slim", "slim-q"])
+def test_the_predicted_file_is_within_two_percent(preset: str, tmp_path: Path) -> None:
+    small = compressed_demo_lm(preset)
+    size = slimfx.save(small, tmp_path / "demo.pt2", verify=False)
+    assert size == (tmp_path / "demo.pt2").stat().st_size
+    planned = slimfx.plan(demo_lm(), preset)
+    assert math.isclose(planned.file_bytes, size, rel_tol=0.02)
+    check_bytes(demo_lm(), small, planned)
