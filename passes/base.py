@@ -73,11 +73,11 @@ def _copied(graph: Graph) -> Graph:
     warning.
     """
     copied = Graph()
-    copies: dict[Node, Node] = {}
+    copies: dict[Any, Node] = {}
     output, old = copied.graph_copy(graph, val_map=copies, return_output_node=True)  # type: ignore[misc]
     copies[old] = copied.output(output)
-    copies[old].meta = dict(old.meta)
     for node, copy_of in copies.items():
+        copy_of.meta = dict(node.meta)
         copy_of.name = node.name  # torch.fx renames what shadows a builtin, such as `input`
     return copied
 

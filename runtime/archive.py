@@ -14,16 +14,18 @@ import json
 import os
 import re
 import stat
-import tempfile
+import struct
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
+from slimfx.runtime.untrusted import check_graph, check_table, parsed
 
 from slimfx.errors import ArtifactError
 
@@ -33,6 +35,7 @@ OWN = "slimfx/"
 
 _JSON_LIMIT = 1 << 30
 _RATIO_LIMIT = 200
+_DESCRIPTOR = 24  # bytes that may follow a record's data
 _WEIGHTS = "data/weights/"
 _CONSTANTS = "data/constants/"
 _SAMPLES = "data/sample_inputs/"
@@ -52,15 +55,13 @@ def inspect(file: IO[bytes], name: str) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(file) as archive:
             records = _records(archive, name)
-            for prefix in (_WEIGHTS, _CONSTANTS):
-                _check_payloads(archive, records, prefix, name)
-            for record in records:
-                if record.startswith(_SAMPLES):
-                    _check_samples(archive.read(records[record]), name)
+            _check_contents(archive, records, name)
             own = {k[len(OWN) :]: archive.read(v) for k, v in records.items() if k.startswith(OWN)}
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError) as error:
         raise ArtifactError(f"{name}: not a complete .pt2 archive ({error})") from error
+    except (RuntimeError, ValueError, struct.error) as error:  # encrypted, or negative places
+        raise ArtifactError(f"{name}: not a readable .pt2 archive ({error})") from error
     if damaged is not None:
         raise ArtifactError(f"{name}: record {damaged} is damaged (checksum differs)")
     file.seek(0)
@@ -83,34 +84,48 @@ def _records(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
             raise ArtifactError(
                 f"{name}: record {record} claims {entry.file_size} bytes from {entry.compress_size}"
             )
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ArtifactError(f"{name}: record {record} is packed in an unusual way")
+        if entry.flag_bits & 1 or entry.external_attr & 0x10 or entry.is_dir():
+            raise ArtifactError(f"{name}: record {record} is encrypted, or a folder")
         found[record] = entry
     if not any(record.startswith("models/") for record in found):
         raise ArtifactError(f"{name}: holds no exported program")
+    _check_places(archive, list(found.values()), name)
     return found
 
 
-def _check_payloads(
-    archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo], prefix: str, name: str
+def _check_places(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], name: str) -> None:
+    """Records lie side by side from the first byte to the directory: nothing else is hidden."""
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if not end <= entry.header_offset <= end + _DESCRIPTOR:
+            raise ArtifactError(f"{name}: record {entry.filename} overlaps another, or hides bytes")
+        assert archive.fp is not None
+        archive.fp.seek(entry.header_offset + 26)
+        lengths = struct.unpack("<HH", archive.fp.read(4))
+        end = entry.header_offset + 30 + sum(lengths) + entry.compress_size
+    if not end <= archive.start_dir <= end + _DESCRIPTOR:
+        raise ArtifactError(f"{name}: the archive hides bytes before its directory")
+
+
+def _check_contents(
+    archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo], name: str
 ) -> None:
     for record, entry in records.items():
-        if not (record.startswith(prefix) and record.endswith(".json")):
-            continue
-        if entry.file_size > _JSON_LIMIT:
-            raise ArtifactError(
-                f"{name}: {record} has {entry.file_size} bytes, more than {_JSON_LIMIT}"
-            )
-        try:
-            payloads = json.loads(archive.read(entry))["config"]
-            for fqn, payload in payloads.items():
-                if payload["use_pickle"]:
-                    raise ArtifactError(
-                        f"{name}: {fqn} is stored as a pickle, which can run code; export the "
-                        f"model again from plain tensors"
-                    )
-                if prefix + payload["path_name"] not in records:
-                    raise ArtifactError(f"{name}: {fqn} points to a missing record")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{name}: {record} is damaged: {error}") from error
+        what = f"{name}: {record}"
+        if record.endswith(".json") and entry.file_size > _JSON_LIMIT:
+            raise ArtifactError(f"{what} has {entry.file_size} bytes, more than {_JSON_LIMIT}")
+        if record.startswith("models/"):
+            check_graph(parsed(archive.read(entry), what), what)
+        elif record.startswith((_WEIGHTS, _CONSTANTS)) and record.endswith(".json"):
+            folder = record[: record.rindex("/") + 1]
+            sizes = {
+                r[len(folder) :]: e.file_size for r, e in records.items() if r.startswith(folder)
+            }
+            check_table(parsed(archive.read(entry), what), what, sizes.get)
+        elif record.startswith(_SAMPLES):
+            _check_samples(archive.read(entry), name)
 
 
 def _check_samples(data: bytes, name: str) -> None:
@@ -167,6 +182,44 @@ def _without_traces(value: Any) -> Any:
     return kept
 
 
+class Sink(io.RawIOBase):
+    """A file for torch's writer, which aborts the process when a write fails.
+
+    A failure is kept for `finish`, and what follows it goes nowhere.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._failure: OSError | None = None
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As the file does."""
+        return self._file.seek(offset, whence)
+
+    def write(self, data: Any) -> int:
+        """As the file does, until it fails."""
+        if self._failure is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._failure = error
+        return len(data)
+
+    def finish(self) -> None:
+        """Raise what went wrong, or put the reading position at the start."""
+        if self._failure is not None:
+            raise self._failure
+        self._file.seek(0)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place only if the block ends without an error.
@@ -176,9 +229,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     if not path.parent.is_dir():
         raise ArtifactError(f"{path}: no such folder {path.parent}")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{uuid.uuid4().hex}.part"
     try:
         yield temporary
         temporary.chmod(_mode(path))
@@ -188,10 +239,11 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "no space left" if full else error.strerror or str(error)
-        kept = "; the older file is intact" if path.exists() else ""
+        kept = "; the older file is intact" if os.path.exists(path) else ""  # noqa: PTH110  no raise
         raise ArtifactError(f"{path}: not written, {reason}{kept}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _mode(path: Path) -> int:

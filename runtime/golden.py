@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,40 +45,80 @@ def record(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> by
     """
     flat, _ = pytree.tree_flatten(inputs)
     outputs = _run(program, inputs)
-    tensors = {f"input.{i}": t.contiguous() for i, t in enumerate(flat) if isinstance(t, Tensor)}
-    plain = {f"input.{i}": v for i, v in enumerate(flat) if not isinstance(v, Tensor)}
+    named = {f"input.{i}": value for i, value in enumerate(flat)}
+    tensors = {k: v.clone().contiguous() for k, v in named.items() if isinstance(v, Tensor)}
+    plain = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
     tensors |= {f"output.{i}": _sample(t) for i, t in enumerate(outputs)}
     metadata = {"plain": json.dumps(plain), "digests": json.dumps([_digest(t) for t in outputs])}
-    return safetensors.torch.save(tensors, metadata=metadata)
+    return _ordered(safetensors.torch.save(tensors, metadata=metadata))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file, its header's keys in order: safetensors keeps metadata in a hash map."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    padded = header.encode() + b" " * (-len(header.encode()) % 8)
+    return len(padded).to_bytes(8, "little") + padded + data[8 + length :]
 
 
 def inputs_of(golden: bytes, program: ExportedProgram) -> tuple[tuple, dict[str, Any]]:
     """The recorded inputs as (args, kwargs)."""
-    tensors, metadata = _parse(golden)
-    plain = json.loads(metadata["plain"])
-    count = sum(name.startswith("input.") for name in tensors) + len(plain)
-    flat = [tensors.get(f"input.{i}", plain.get(f"input.{i}")) for i in range(count)]
-    args, kwargs = pytree.tree_unflatten(flat, program.call_spec.in_spec)
-    return tuple(args), dict(kwargs)
+    return _inputs(_parse(golden), program)
 
 
 def replay(program: ExportedProgram, golden: bytes, tolerance: float) -> CheckResult:
-    """Run a program on the recorded inputs and compare."""
-    tensors, metadata = _parse(golden)
-    digests = json.loads(metadata["digests"])
-    outputs = _run(program, inputs_of(golden, program))
-    if len(outputs) != len(digests):
-        raise ArtifactError(f"the program has {len(outputs)} outputs, {len(digests)} were recorded")
-    worst = 0.0
-    for i, output in enumerate(outputs):
-        expected = tensors[f"output.{i}"].double()
-        scale = max(expected.abs().max().item(), 1e-30) if expected.numel() else 1.0
-        difference = (
-            (_sample(output).double() - expected).abs().max().item() if expected.numel() else 0.0
+    """Run a program on the recorded inputs and compare.
+
+    Raises:
+        ArtifactError: the record is damaged, or the program does not run on its inputs.
+    """
+    recorded = _parse(golden)
+    expected = [recorded.tensors.get(f"output.{i}") for i in range(len(recorded.digests))]
+    try:
+        outputs = _run(program, _inputs(recorded, program))
+    except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+        raise ArtifactError(f"the program does not run on its recorded inputs: {error}") from error
+    if len(outputs) != len(expected) or any(e is None for e in expected):
+        raise ArtifactError(
+            f"the program has {len(outputs)} outputs, {len(expected)} were recorded"
         )
-        worst = max(worst, difference / scale)
-    same = [_digest(t) for t in outputs] == digests
+    worst = max((_difference(_sample(o), e) for o, e in zip(outputs, expected)), default=0.0)
+    same = [_digest(output) for output in outputs] == recorded.digests
+    if same and worst > 0:
+        raise ArtifactError("the golden outputs are damaged: samples and digests contradict")
     return CheckResult(identical=same, max_difference=worst, tolerance=tolerance)
+
+
+def _difference(found: Tensor, expected: Tensor | None) -> float:
+    """Largest difference relative to the largest golden value; infinite where not comparable."""
+    if expected is None or found.shape != expected.shape or found.dtype != expected.dtype:
+        return math.inf
+    if not found.numel():
+        return 0.0
+    a, b = found.double(), expected.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if not (same | (a.isfinite() & b.isfinite())).all():
+        return math.inf
+    gap = torch.where(same, 0.0, (a - b).abs()).max().item()
+    return gap / max(torch.where(b.isfinite(), b.abs(), 0.0).max().item(), 1e-30)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    tensors: dict[str, Tensor]
+    plain: dict[str, Any]
+    digests: list[str]
+
+
+def _inputs(recorded: _Recorded, program: ExportedProgram) -> tuple[tuple, dict[str, Any]]:
+    tensors = {k: v for k, v in recorded.tensors.items() if k.startswith("input.")}
+    values = {**recorded.plain, **tensors}
+    names = [f"input.{i}" for i in range(program.call_spec.in_spec.num_leaves)]
+    if sorted(values) != sorted(names):
+        raise ArtifactError(f"the recorded inputs are {sorted(values)}, the program takes {names}")
+    flat = [values[name] for name in names]
+    args, kwargs = pytree.tree_unflatten(flat, program.call_spec.in_spec)
+    return tuple(args), dict(kwargs)
 
 
 def _run(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> list[Tensor]:
@@ -101,13 +142,24 @@ def _sample(output: Tensor) -> Tensor:
 
 def _digest(output: Tensor) -> str:
     data = output.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()
+    kind = f"{output.dtype} {tuple(output.shape)} ".encode()
+    return hashlib.sha256(kind + data.tobytes()).hexdigest()
 
 
-def _parse(golden: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _parse(golden: bytes) -> _Recorded:
     try:
         tensors = safetensors.torch.load(golden)
         length = int.from_bytes(golden[:8], "little")
-        return tensors, json.loads(golden[8 : 8 + length])["__metadata__"]
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ArtifactError(f"the golden outputs are damaged: {error}") from error
+        metadata = json.loads(golden[8 : 8 + length])["__metadata__"]
+        plain, digests = json.loads(metadata["plain"]), json.loads(metadata["digests"])
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise ArtifactError(f"the golden outputs are damaged: {error!r}") from error
+    if not isinstance(plain, dict) or not isinstance(digests, list):
+        raise ArtifactError("the golden outputs are damaged: inputs or digests are missing")
+    return _Recorded(tensors, plain, digests)

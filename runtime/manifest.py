@@ -73,13 +73,35 @@ class Manifest:
                     f"the artifact has format {version[0]}, this slimfx reads {FORMAT[0]}; "
                     f"install the slimfx that wrote it ({data.get('versions')})"
                 )
-            known = {f.name for f in dataclasses.fields(cls)}
-            data = {key: value for key, value in data.items() if key in known}
-            data["layers"] = tuple(LayerReport(**row) for row in data["layers"])
-            data["tokenizer"] = tokenizer
-            return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            layers = tuple(LayerReport(**_known(LayerReport, row)) for row in data["layers"])
+            return cls(**{**_known(cls, data), "layers": layers, "tokenizer": tokenizer})
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"the artifact's manifest is damaged: {error}") from error
+
+
+_KINDS: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
+    "Mapping[str, Any]": dict,
+    "Mapping[str, str]": dict,
+    "Mapping[str, Any] | None": (dict, type(None)),
+    "tuple[LayerReport, ...]": list,
+}
+
+
+def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys this version knows, each of the type it should have."""
+    found = {}
+    for item in dataclasses.fields(cls):
+        if item.name in data:
+            value = data[item.name]
+            if not isinstance(value, _KINDS[str(item.type)]):
+                raise TypeError(f"{item.name} is {value!r}")
+            found[item.name] = value
+    return found
 
 
 def manifest_of(program: ExportedProgram) -> Manifest:

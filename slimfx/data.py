@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from slimfx.errors import CalibrationError, need
+from slimfx.errors import ArtifactError, CalibrationError, need
 from slimfx.passes.inputs import flat_inputs, tensor_inputs
 from slimfx.recipe import Calibration
 from slimfx.runtime.manifest import manifest_of
@@ -226,7 +226,10 @@ def tokenizer_of(program: ExportedProgram):  # type: ignore[no-untyped-def]
             "the program carries no tokenizer; capture it from a folder that has one, or give "
             "tokens as a tensor"
         )
-    tokenizer = need("tokenizers").Tokenizer.from_str(text)
+    try:
+        tokenizer = need("tokenizers").Tokenizer.from_str(text)
+    except Exception as error:
+        raise ArtifactError(f"the program's tokenizer cannot be read ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

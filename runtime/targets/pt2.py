@@ -17,11 +17,20 @@ from slimfx.passes.decompose import decompose
 from slimfx.runtime import archive, golden
 from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import Manifest, attach, manifest_of
+from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from slimfx.errors import ArtifactError
 
 FORMS = ("op", "aten")
+_UNREADABLE = (
+    SpecViolationError,
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
+    *(ArithmeticError, RecursionError, SyntaxError, NameError, MemoryError),
+)
+"""What torch raises for a program it cannot read."""
+
 TOLERANCE = 1e-4
 """Largest relative difference from the golden outputs that another machine may show."""
 
@@ -45,6 +54,12 @@ def save(
             f"{path}: the program has no example inputs to record golden outputs of; export it "
             f"with some"
         )
+    for name, tensor in {**program.state_dict, **program.constants}.items():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise ArtifactError(
+                f"{path}: {name} is a {type(tensor).__name__}, which torch stores as a pickle; "
+                f"export the model from plain tensors"
+            )
     manifest = replace(manifest_of(program), form=form)
     inputs = program.example_inputs
     stored = decompose(program) if form == "aten" else program
@@ -56,8 +71,9 @@ def save(
         own["tokenizer.json"] = manifest.tokenizer.encode()
     with archive.atomic(path) as temporary:
         with tempfile.TemporaryFile(dir=path.parent) as raw, temporary.open("wb") as file:
-            torch.export.save(stored, raw)
-            raw.seek(0)
+            sink = archive.Sink(raw)
+            torch.export.save(stored, sink)  # type: ignore[arg-type]
+            sink.finish()
             archive.rewrite(raw, file, own)
         if verify and not check(temporary).identical:
             raise ArtifactError(
@@ -103,10 +119,12 @@ def _manifest(own: dict[str, bytes]) -> Manifest:
     if "manifest.json" not in own:
         return Manifest()
     tokenizer = own.get("tokenizer.json")
-    text = own["manifest.json"].decode("utf-8", errors="replace")
-    return Manifest.from_json(
-        text, tokenizer.decode("utf-8", errors="replace") if tokenizer else None
-    )
+    try:
+        return Manifest.from_json(
+            own["manifest.json"].decode(), None if tokenizer is None else tokenizer.decode()
+        )
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"the manifest or the tokenizer is not text ({error})") from error
 
 
 def _load(path: Path) -> tuple[ExportedProgram, bytes | None]:
@@ -114,16 +132,32 @@ def _load(path: Path) -> tuple[ExportedProgram, bytes | None]:
         own = archive.inspect(file, path.name)
         manifest = _manifest(own)
         try:
-            program = torch.export.load(file)
-        except (RuntimeError, AssertionError, ValueError, KeyError) as error:
+            with tempfile.TemporaryFile() as clean:  # only what was looked at reaches torch
+                archive.rewrite(file, clean, {})
+                clean.seek(0)
+                program = torch.export.load(clean)
+        except _UNREADABLE as error:
             raise ArtifactError(
                 f"{path.name}: torch {torch.__version__} cannot read this program: {error}"
             ) from error
+    _check_state(program, path.name)
     attach(program, manifest)
     recorded = own.get("golden.safetensors")
     if recorded is not None:
         program.example_inputs = golden.inputs_of(recorded, program)
     return program, recorded
+
+
+def _check_state(program: ExportedProgram, name: str) -> None:
+    """The graph's parameters and persistent buffers are the file's, no more and no less."""
+    wanted = {
+        str(spec.target)
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
+    }
+    held = set(program.state_dict)
+    if wanted != held:
+        raise ArtifactError(f"{name}: tensors {sorted(wanted ^ held)} are missing, or no one's")
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -1,0 +1,44 @@
+"""`import slimfx` is light, silent and offline."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import json, sys
+events = []
+sys.addaudithook(lambda event, _: events.append(event) if event.startswith("socket.") else None)
+import slimfx
+missing = [name for name in slimfx.__all__ if not hasattr(slimfx, name)]
+print(json.dumps({"modules": sorted(sys.modules), "missing": missing, "events": events}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    """What a process that does nothing but import slimfx has seen."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "heavy", ["transformers", "tokenizers", "datasets", "triton", "typer", "rich"]
+)
+def test_importing_slimfx_does_not_import(fresh: dict[str, Any], heavy: str) -> None:
+    assert "slimfx" in fresh["modules"]
+    assert heavy not in fresh["modules"]
+
+
+def test_importing_slimfx_opens_no_connection(fresh: dict[str, Any]) -> None:
+    asked = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind"}
+    assert asked & set(fresh["events"]) == set()
+
+
+def test_every_public_name_is_there(fresh: dict[str, Any]) -> None:
+    assert fresh["missing"] == []
