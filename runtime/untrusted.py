@@ -74,8 +74,8 @@ def check_table(
         try:
             if entry["use_pickle"] is not False:
                 raise ArtifactError(
-                    f"{fqn} is stored as a pickle, which can run code; export the model again "
-                    f"from plain tensors"
+                    f"{record}: {fqn} is stored as a pickle, which can run code; export the model "
+                    f"again from plain tensors"
                 )
             held = size_of(entry["path_name"])
             needed = _extent(entry["tensor_meta"])
@@ -83,7 +83,7 @@ def check_table(
             raise ArtifactError(f"{record}: the entry of {fqn} is damaged ({error!r})") from error
         if held is None or needed > held:
             raise ArtifactError(
-                f"{fqn} needs {needed} bytes of {entry['path_name']}, which has {held}"
+                f"{record}: {fqn} needs {needed} bytes of {entry['path_name']}, which has {held}"
             )
 
 

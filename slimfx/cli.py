@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.export import ExportedProgram
 
 import slimfx
-from slimfx.errors import SlimError
+from slimfx.errors import PlanError, SlimError
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
 
@@ -70,6 +70,7 @@ def capture(
 
     Example: slimfx capture examples/demo_lm -o dense.pt2
     """
+    pt2.check_target(output, "op")
     with _line("capture") as tell:
         program = slimfx.capture(model, max_length=max_length, dtype=dtype)
         tell(0.6, f"write {output}")
@@ -92,7 +93,15 @@ def plan(model: Model, recipe: RecipeOption = "slim", as_json: Json = False) -> 
     if as_json:
         _show({"layers": [dataclasses.asdict(row) for row in planned.rows], **totals}, True)
         return
-    table = Table("layer", "out x in", "layout", "rank", "method", "before", "after")
+    table = _table(
+        [row.name for row in planned.rows],
+        "out x in",
+        "layout",
+        "rank",
+        "method",
+        "before",
+        "after",
+    )
     for row in planned.rows:
         table.add_row(
             row.name,
@@ -121,6 +130,7 @@ def compress(
     Example: slimfx compress examples/demo_lm -o small.pt2 --recipe slim --form aten
     """
     began = time.perf_counter()
+    pt2.check_target(output, form)
     with _line("compress") as tell:
         program = _program(model)
         planned = slimfx.plan(program, recipe)
@@ -248,8 +258,20 @@ def _line(what: str) -> Iterator[Callable[[float, str], None]]:
         yield lambda share, part: line.update(task, completed=share, description=f"{what} {part}")
 
 
+def _table(names: list[str], *columns: str) -> Table:
+    """A table whose first column shows layer names in full, however narrow the screen."""
+    table = Table()
+    table.add_column("layer", no_wrap=True, min_width=max(map(len, names), default=0))
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
 def _layers(manifest: Manifest) -> None:
-    table = Table("layer", "out x in", "layout", "rank", "bytes", "SNR dB", "without adapter")
+    table = _table(
+        [row.name for row in manifest.layers],
+        *("out x in", "layout", "rank", "bytes", "SNR dB", "without adapter"),
+    )
     for row in manifest.layers:
         table.add_row(
             row.name,
@@ -287,10 +309,15 @@ def main() -> None:
     try:
         app()
     except SlimError as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
-            f"slimfx: {error}"
-        )
+        # a plan lists every problem, a line each; anything else is one line
+        lines = str(error).splitlines() if isinstance(error, PlanError) else [_one_line(error)]
+        for line in lines:
+            typer.echo(f"slimfx: {line}", err=True)
         sys.exit(1)
+
+
+def _one_line(error: SlimError) -> str:
+    return " ".join(str(error).split())
 
 
 def _quiet() -> None:

@@ -47,8 +47,7 @@ def save(
         ArtifactError: unknown form, no example inputs, no space, or the saved file differs.
     """
     path = Path(path)
-    if form not in FORMS:
-        raise ArtifactError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    check_target(path, form)
     if program.example_inputs is None:
         raise ArtifactError(
             f"{path}: the program has no example inputs to record golden outputs of; export it "
@@ -80,6 +79,18 @@ def save(
                 f"{path}: the saved file answers differently from the program; not written"
             )
         return temporary.stat().st_size
+
+
+def check_target(path: Path, form: str) -> None:
+    """Refuse what `save` could not write, before any work is done.
+
+    Raises:
+        ArtifactError: unknown form, or the folder is missing.
+    """
+    if form not in FORMS:
+        raise ArtifactError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: no such folder {path.parent}")
 
 
 def load(path: str | Path) -> ExportedProgram:

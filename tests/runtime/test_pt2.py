@@ -43,7 +43,6 @@ PAIRS = [
     ("mlp", "int4"),
     ("mlp", "1:4"),
     ("tied", "slim"),
-    ("bert", "wanda"),
     ("llama", "slim"),
 ]
 
