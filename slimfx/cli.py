@@ -40,7 +40,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 RecipeOption = Annotated[
     str,
     typer.Option(
-        "--recipe", "-r", help="magnitude, wanda, naive-lora, slim, slim-q, or a YAML file."
+        "--recipe", "-r", help="a preset such as slim or joint-q, or a YAML file."
     ),
 ]
 Data = Annotated[
