@@ -39,9 +39,7 @@ Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
 RecipeOption = Annotated[
     str,
-    typer.Option(
-        "--recipe", "-r", help="a preset such as slim or joint-q, or a YAML file."
-    ),
+    typer.Option("--recipe", "-r", help="a preset such as slim or joint-q, or a YAML file."),
 ]
 Data = Annotated[
     str | None,
