@@ -48,6 +48,8 @@ class Site:
     transposed: bool
     """The parameter is stored as [K, N]."""
     uses: tuple[Use, ...]
+    bias: str | None
+    """The parameter that every use adds and nothing else reads, if there is one."""
     other_readers: tuple[str, ...]
     """Ops other than linears that read the same weight, such as aten.embedding."""
 
@@ -80,6 +82,7 @@ def find_linears(program: ExportedProgram) -> list[Site]:
                 dtype=tensor.dtype,
                 transposed=transposed,
                 uses=tuple(use for use, _, _ in found),
+                bias=_own_bias(program, [use for use, _, _ in found]),
                 other_readers=readers,
             )
         )
@@ -154,6 +157,16 @@ def _other_readers(
             through = set(user.users) if _through_transpose(user)[0] is node else {user}
             readers += [str(n.target) for n in through if n not in linears]
     return tuple(sorted(set(readers)))
+
+
+def _own_bias(program: ExportedProgram, uses: list[Use]) -> str | None:
+    biases = {use.bias for use in uses}
+    node = biases.pop()
+    if biases or not isinstance(node, Node) or set(node.users) != {use.node for use in uses}:
+        return None
+    spec = input_specs(program).get(node.name)
+    target = None if spec is None else str(spec.target)
+    return target if target in program.state_dict else None
 
 
 def _names(uses: dict[str, list[Use]]) -> dict[str, str]:

@@ -4,9 +4,11 @@
 
 becomes
 
-    y = slimfx.linear_24(x, values, indices, scale) [+ b] [+ second(first(x, L), R)]
+    x' = x [* input_scale], [slimfx.quantize_fp8]
+    y  = slimfx.linear_24(x', values, indices, scale) [+ b] [+ second(first(x', L), R)]
 
-with `first` and `second` aten.linear or slimfx.linear_int4. The float weights leave the program.
+with linear_int or linear_bitmask for other layouts, and `first` and `second` one of these or
+aten.linear. Layers that read the same x share its FP8 node. The float weights leave the program.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import slimfx.runtime.ops  # noqa: F401  the ops must exist before their overloa
 import torch
 from slimfx.passes.base import Edit, edit, fake_mode
 from slimfx.passes.find_linears import PREFIX, Site, Use, storage_key
-from slimfx.runtime.pack import Packed24, PackedInt4, PackedLinear
+from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedLinear, PackedMatrix
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
@@ -33,15 +35,28 @@ def replace_linears(
     """A program in which every site named in `packed` is compressed; the given one is unchanged."""
     change = edit(program)
     copies = {node.name: node for node in change.graph.nodes}
-    for site in sites:
-        if site.name in packed:
-            placeholders = _Placeholders(change, site.fqn)
-            for use in site.uses:
-                _replace(
-                    change, _copied(use, copies[use.node.name]), packed[site.name], placeholders
-                )
-    _drop_weights(change, [site.fqn for site in sites if site.name in packed])
+    order = {name: place for place, name in enumerate(copies)}
+    chosen = [site for site in sites if site.name in packed]
+    placeholders = {site.name: _Placeholders(change, site.fqn) for site in chosen}
+    uses = [(order[use.node.name], use, site) for site in chosen for use in site.uses]
+    rounded: dict[Node, Node] = {}
+    for _, use, site in sorted(uses, key=lambda found: found[0]):
+        copied = _copied(use, copies[use.node.name])
+        _replace(change, copied, packed[site.name], placeholders[site.name], rounded)
+    for site in chosen:
+        _replace_bias(change, site, packed[site.name].bias)
+    _drop_weights(change, [site.fqn for site in chosen])
     return change.finish()
+
+
+def _replace_bias(change: Edit, site: Site, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    if site.bias is None:
+        raise AssertionError(f"{site.name}: a bias was packed for a layer without one of its own")
+    own = change.state_dict[site.bias]
+    parameter = isinstance(own, torch.nn.Parameter)
+    change.state_dict[site.bias] = torch.nn.Parameter(bias, False) if parameter else bias
 
 
 class _Placeholders:
@@ -81,13 +96,27 @@ def _copied(use: Use, node: Node) -> Use:
     return Use(node, x, bias)  # type: ignore[arg-type]
 
 
-def _replace(change: Edit, use: Use, packed: PackedLinear, placeholders: _Placeholders) -> None:
+def _replace(
+    change: Edit,
+    use: Use,
+    packed: PackedLinear,
+    placeholders: _Placeholders,
+    rounded: dict[Node, Node],
+) -> None:
+    """`rounded`: the FP8 node of each x that has one already; uses come in order of the graph."""
     with change.graph.inserting_before(use.node):
-        y = _multiply(use, use.x, "", packed.weight, placeholders)
+        x = use.x
+        if packed.input_scale is not None:
+            scale = placeholders.get("input_scale", packed.input_scale)
+            x = _call(use, aten.mul.Tensor, x, _in_dtype_of(use, scale))
+        if packed.fp8:
+            rounded[x] = rounded.get(x) or _call(use, torch.ops.slimfx.quantize_fp8.default, x)
+            x = rounded[x]
+        y = _multiply(use, x, "", packed.weight, placeholders)
         if use.bias is not None:
             y = _call(use, aten.add.Tensor, y, use.bias)
         if packed.L is not None and packed.R is not None:
-            hidden = _multiply(use, use.x, "L", packed.L, placeholders)
+            hidden = _multiply(use, x, "L", packed.L, placeholders)
             y = _call(use, aten.add.Tensor, y, _multiply(use, hidden, "R", packed.R, placeholders))
     use.node.replace_all_uses_with(y)
     change.signature.replace_all_uses(use.node.name, y.name)
@@ -95,31 +124,34 @@ def _replace(change: Edit, use: Use, packed: PackedLinear, placeholders: _Placeh
 
 
 def _multiply(
-    use: Use,
-    x: Node,
-    name: str,
-    matrix: Packed24 | PackedInt4 | Tensor,
-    placeholders: _Placeholders,
+    use: Use, x: Node, name: str, matrix: PackedMatrix | Tensor, placeholders: _Placeholders
 ) -> Node:
-    """x times the transpose of a stored matrix, as one node (two where it is stored in another
-    dtype).
-    """
+    """x times the transpose of a stored matrix."""
+    if isinstance(matrix, Tensor):
+        weight = placeholders.get(name, matrix)
+        return _call(use, aten.linear.default, x, _in_dtype_of(use, weight))
+    op, parts = _OPS[type(matrix)]
     prefix = f"{name}_" if name else ""
-    if isinstance(matrix, Packed24):
-        parts = [
-            placeholders.get(prefix + part, getattr(matrix, part))
-            for part in ("values", "indices", "scale")
-        ]
-        return _call(use, torch.ops.slimfx.linear_24.default, x, *parts)
-    if isinstance(matrix, PackedInt4):
-        parts = [
-            placeholders.get(prefix + part, getattr(matrix, part)) for part in ("codes", "scale")
-        ]
-        return _call(use, torch.ops.slimfx.linear_int4.default, x, *parts, matrix.group)
-    weight = placeholders.get(name, matrix)
-    if matrix.dtype != x.meta["val"].dtype:
-        weight = _call(use, aten.to.dtype, weight, x.meta["val"].dtype)
-    return _call(use, aten.linear.default, x, weight)
+    tensors = {part: getattr(matrix, part) for part in parts}
+    nodes = [
+        None if tensor is None else placeholders.get(prefix + part, tensor)
+        for part, tensor in tensors.items()
+    ]
+    return _call(use, op, x, *nodes, matrix.bits, matrix.group)
+
+
+_OPS: dict[type, tuple[Any, tuple[str, ...]]] = {
+    PackedDense: (torch.ops.slimfx.linear_int.default, ("codes", "scale")),
+    Packed24: (torch.ops.slimfx.linear_24.default, ("values", "indices", "scale")),
+    PackedBitmask: (torch.ops.slimfx.linear_bitmask.default, ("values", "mask", "scale")),
+}
+
+
+def _in_dtype_of(use: Use, stored: Node) -> Node:
+    """A stored tensor in the dtype of the layer's input: itself, or a cast."""
+    dtype = use.x.meta["val"].dtype
+    same = stored.meta["val"].dtype is dtype
+    return stored if same else _call(use, aten.to.dtype, stored, dtype)
 
 
 def _call(use: Use, op: Any, *args: Any) -> Node:

@@ -34,6 +34,8 @@ class LayerReport:
     """Output signal to noise in dB for uncorrelated inputs."""
     snr_without_adapter: float
     clipped: float
+    notes: tuple[str, ...] = ()
+    """What was out of the ordinary, and the rule that was followed."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ _KINDS: dict[str, Any] = {
     "Mapping[str, Any]": dict,
     "Mapping[str, str]": dict,
     "Mapping[str, Any] | None": (dict, type(None)),
+    "tuple[str, ...]": list,
     "tuple[LayerReport, ...]": list,
 }
 
@@ -100,6 +103,10 @@ def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
             value = data[item.name]
             if not isinstance(value, _KINDS[str(item.type)]):
                 raise TypeError(f"{item.name} is {value!r}")
+            if item.type == "tuple[str, ...]":
+                if not all(isinstance(part, str) for part in value):
+                    raise TypeError(f"{item.name} is {value!r}")
+                value = tuple(value)
             found[item.name] = value
     return found
 

@@ -61,6 +61,7 @@ def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
     return Walk(program, lifted, values, masks)
 
 
+@torch.no_grad()
 def observe(
     walk: Walk, block: Block, watched: Sequence[Observation], covariance: frozenset[str]
 ) -> dict[str, Stats]:
@@ -83,7 +84,7 @@ def observe(
 
     for values, mask in zip(walk.batches, walk.masks, strict=True):
         seen = partial(watch, mask=mask)
-        _run(walk, block, values, keep=frozenset(), watch=dict.fromkeys(watches, seen))
+        run(walk, block, values, keep=frozenset(), watch=dict.fromkeys(watches, seen))
     sites: dict[str, Stats] = {}
     for node, found in stats.items():
         for name in watches[node].sites:
@@ -92,8 +93,17 @@ def observe(
     return sites
 
 
+@torch.no_grad()
 def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
-    """Run a block with other weights (parameter name -> tensor) and stand before the next one.
+    """Run a block with other weights (parameter name -> tensor) and stand before the next one."""
+    changed = with_weights(walk, weights)
+    return replace(
+        walk, batches=[run(changed, block, values, keep=block.live_out) for values in walk.batches]
+    )
+
+
+def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
+    """The same walk with other weights (parameter name -> tensor).
 
     A weight is replaced wherever its storage is read, whatever name it has there.
     """
@@ -106,15 +116,10 @@ def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
         else value
         for node, value in walk.lifted.items()
     }
-    changed = replace(walk, lifted=swapped)
-    return replace(
-        walk,
-        batches=[_run(changed, block, values, keep=block.live_out) for values in walk.batches],
-    )
+    return replace(walk, lifted=swapped)
 
 
-@torch.no_grad()
-def _run(
+def run(
     walk: Walk,
     block: Block,
     values: Values,
@@ -124,7 +129,7 @@ def _run(
     """Interpret the block's nodes and return the values in `keep`; others go at their last use.
 
     `watch` is called with a node's value as soon as it is there. A block that changes tensors in
-    place works on copies, so that it can be run again.
+    place works on copies, so that it can be run again. Gradients are kept as the caller has it.
     """
     writes = any(changes_in_place(node) for node in block.nodes)
     env = {node: _copy(value) if writes else value for node, value in values.items()}

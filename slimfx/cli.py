@@ -6,22 +6,20 @@ Exit codes: 0 done, 1 refused with one line on what and why, 2 wrong usage, 3 a 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich import progress as bar
 from rich.console import Console
 from rich.table import Table
 from torch.export import ExportedProgram
 
 import slimfx
+from slimfx import cli_bench, show, tasks
 from slimfx.errors import PlanError, SlimError
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
@@ -33,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress exported PyTorch programs to 2:4-sparse int4 weights plus low-rank adapters.",
 )
+
+app.add_typer(cli_bench.app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
 Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]
@@ -69,29 +69,29 @@ def capture(
     Example: slimfx capture examples/demo_lm -o dense.pt2
     """
     pt2.check_target(output, "op")
-    with _line("capture") as tell:
+    with show.line("capture") as tell:
         program = slimfx.capture(model, max_length=max_length, dtype=dtype)
         tell(0.6, f"write {output}")
         size = slimfx.save(program, output)
-    _show({"file": str(output), "bytes": size}, as_json)
+    show.values({"file": str(output), "bytes": size}, as_json)
 
 
 @app.command()
-def plan(model: Model, recipe: RecipeOption = "slim", as_json: Json = False) -> None:
+def plan(model: Model, recipe: RecipeOption = "joint", as_json: Json = False) -> None:
     """Show what a recipe will do to each linear, and what the file will weigh.
 
     Example: slimfx plan examples/demo_lm --recipe slim-q
     """
-    with _line("plan"):
+    with show.line("plan"):
         planned = slimfx.plan(_program(model), recipe)
     totals = {
         name: getattr(planned, name)
         for name in ("bytes_before", "bytes_after", "file_bytes", "bits_per_weight", "peak_memory")
     }
     if as_json:
-        _show({"layers": [dataclasses.asdict(row) for row in planned.rows], **totals}, True)
+        show.values({"layers": [dataclasses.asdict(row) for row in planned.rows], **totals}, True)
         return
-    table = _table(
+    table = show.layer_table(
         [row.name for row in planned.rows],
         "out x in",
         "layout",
@@ -107,18 +107,18 @@ def plan(model: Model, recipe: RecipeOption = "slim", as_json: Json = False) -> 
             row.layout,
             str(row.rank or ""),
             row.skipped or row.method,
-            _size(row.bytes_before),
-            _size(row.bytes_after),
+            show.size(row.bytes_before),
+            show.size(row.bytes_after),
         )
     Console().print(table)
-    _show(totals, False)
+    show.values(totals, False)
 
 
 @app.command()
 def compress(
     model: Model,
     output: Output,
-    recipe: RecipeOption = "slim",
+    recipe: RecipeOption = "joint",
     data: Data = None,
     form: Form = "op",
     as_json: Json = False,
@@ -129,7 +129,7 @@ def compress(
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
-    with _line("compress") as tell:
+    with show.line("compress") as tell:
         program = _program(model)
         planned = slimfx.plan(program, recipe)
         small = slimfx.compress(
@@ -147,34 +147,76 @@ def compress(
     }
     if not as_json:
         _layers(manifest_of(small))
-    _show(result, as_json)
+    show.values(result, as_json)
 
 
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Data = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="Text, JSONL, dataset folder or name[:configuration[:split]]; wikitext2 is the "
+            "test text of the papers. Default: the English of the running Python.",
+        ),
+    ] = None,
     dense: Annotated[
         str | None, typer.Option(help="The model before compression: compare embeddings by cosine.")
     ] = None,
     samples: Samples = None,
     length: Annotated[int, typer.Option(help="Tokens of a window or document.")] = 512,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Tasks of lm-eval instead, with commas: continuation needs no data, zero-shot is "
+            "mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task at most.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows at once, for tasks.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, or with --dense the cosine to the dense model's embeddings.
+    """Measure perplexity, with --dense the cosine to the dense model's embeddings, or --tasks.
 
-    Example: slimfx eval small.pt2 --data text.txt
+    Example: slimfx eval small.pt2 --tasks continuation,piqa --limit 100
     """
-    with _line("evaluate") as tell:
-        quality = slimfx.evaluate(
-            _program(model),
-            data,
-            dense=_program(dense) if dense else None,
-            samples=samples,
-            length=length,
-            progress=tell,
-        )
-    _show(dataclasses.asdict(quality), as_json)
+    if names is not None and (data or dense or samples):
+        raise typer.BadParameter("--tasks goes without --data, --dense and --samples")
+    if names is None and limit is not None:
+        raise typer.BadParameter("--limit is for --tasks; here it is --samples")
+    with show.line("evaluate") as tell:
+        program = _program(model)
+        if names is not None:
+            chosen = [name.strip() for name in names.split(",") if name.strip()]
+            scores = tasks.run_tasks(program, chosen, limit=limit, batch=batch, progress=tell)
+        else:
+            quality = slimfx.evaluate(
+                program,
+                tasks.wikitext2() if data == "wikitext2" else data,
+                dense=_program(dense) if dense else None,
+                samples=samples,
+                length=length,
+                progress=tell,
+            )
+    if names is None:
+        show.values(dataclasses.asdict(quality), as_json)
+    elif as_json:
+        show.values({"tasks": [dataclasses.asdict(score) for score in scores]}, True)
+    else:
+        _scores(scores)
+
+
+def _scores(scores: Sequence[tasks.TaskScore]) -> None:
+    table = Table("task", "metric", "value", "+-", "documents", "cut")
+    for score in scores:
+        error = "" if score.stderr is None else f"{score.stderr:.4f}"
+        figures = (f"{score.value:.4f}", error, str(score.samples), str(score.cut or ""))
+        table.add_row(score.task, score.metric, *figures)
+    Console().print(table)
 
 
 @app.command()
@@ -210,7 +252,7 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
         typer.echo(manifest.to_json())
         return
     _layers(manifest)
-    _show(
+    show.values(
         {
             "file": str(artifact),
             "bytes": artifact.stat().st_size,
@@ -229,9 +271,9 @@ def check(artifact: Artifact, as_json: Json = False) -> None:
 
     Example: slimfx check small.pt2
     """
-    with _line("check"):
+    with show.line("check"):
         result = slimfx.check(artifact)
-    _show({**dataclasses.asdict(result), "passed": result.passed}, as_json)
+    show.values({**dataclasses.asdict(result), "passed": result.passed}, as_json)
     if not result.passed:
         raise typer.Exit(3)
 
@@ -240,33 +282,8 @@ def _program(model: str) -> ExportedProgram:
     return slimfx.load(model) if model.endswith(".pt2") else slimfx.capture(model)
 
 
-@contextmanager
-def _line(what: str) -> Iterator[Callable[[float, str], None]]:
-    """One progress line for the whole command, with the time that is left, on standard error."""
-    with bar.Progress(
-        bar.TextColumn("{task.description}"),
-        bar.BarColumn(),
-        bar.TaskProgressColumn(),
-        bar.TextColumn("left"),
-        bar.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as line:
-        task = line.add_task(what, total=1.0)
-        yield lambda share, part: line.update(task, completed=share, description=f"{what} {part}")
-
-
-def _table(names: list[str], *columns: str) -> Table:
-    """A table whose first column shows layer names in full, however narrow the screen."""
-    table = Table()
-    table.add_column("layer", no_wrap=True, min_width=max(map(len, names), default=0))
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
 def _layers(manifest: Manifest) -> None:
-    table = _table(
+    table = show.layer_table(
         [row.name for row in manifest.layers],
         *("out x in", "layout", "rank", "bytes", "SNR dB", "without adapter"),
     )
@@ -276,29 +293,14 @@ def _layers(manifest: Manifest) -> None:
             f"{row.out_features} x {row.in_features}",
             row.layout,
             str(row.rank or ""),
-            _size(row.bytes),
+            show.size(row.bytes),
             f"{row.snr:.1f}",
             f"{row.snr_without_adapter:.1f}",
         )
     Console().print(table)
-
-
-def _show(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(values, indent=1))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in values.items():
-        if isinstance(value, float):
-            text = f"{value:.4g}"
-        else:
-            text = _size(value) if "bytes" in name or "memory" in name else str(value)
-        table.add_row(name.replace("_", " "), text)
-    Console().print(table)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.3f} MB" if count >= 100_000 else f"{count:,} B"
+    for row in manifest.layers:
+        for note in row.notes:
+            typer.echo(f"{row.name}: {note}")
 
 
 def main() -> None:

@@ -12,16 +12,29 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from slimfx import calibrate, data
+from slimfx.mask_file import check_names, mask_for, read_masks
+from slimfx.methods.masks import keep
 from slimfx.methods.quantized import Quantized
 from slimfx.passes.cut_blocks import cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.observe_inputs import observe_inputs
 from slimfx.passes.replace_linears import replace_linears
-from slimfx.plan import PlanRow, plan
+from slimfx.plan import PlanRow, adapter_layout, layout_of, plan
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
-from slimfx.runtime.pack import Packed24, PackedInt4, PackedLinear, pack_24, pack_nibbles
+from slimfx.runtime.pack import (
+    Layout,
+    Packed24,
+    PackedBitmask,
+    PackedDense,
+    PackedLinear,
+    PackedMatrix,
+    pack_24,
+    pack_bitmask,
+    pack_codes,
+)
 from slimfx.solve import Solution, solve
+from slimfx.steps import LayerRecipe
 
 Progress = Callable[[float, str], None]
 """Called with the share of the work that is done and the name of what is next."""
@@ -29,7 +42,7 @@ Progress = Callable[[float, str], None]
 
 def compress(
     program: ExportedProgram,
-    recipe: Recipe | str = "slim",
+    recipe: Recipe | str = "joint",
     calibration: Any = None,
     *,
     progress: Progress | None = None,
@@ -57,18 +70,26 @@ def compress(
     reports: list[LayerReport] = []
     with torch.random.fork_rng():  # a program exported in training mode may draw
         for site, solution, tokens in _solutions(program, recipe, sites, batches, tell):
-            packed[site.name] = pack(solution, planned[site.name].layout)
+            how = _layer(recipe, site)
+            packed[site.name] = pack(solution, how, _bias(program, site))
             reports.append(_report(planned[site.name], solution, tokens))
     compressed = replace_linears(program, sites, packed)
     return attach(compressed, _manifest(program, recipe, batches, reports, skipped))
+
+
+def _layer(recipe: Recipe, site: Site) -> LayerRecipe:
+    how = recipe.for_layer(site.name)
+    assert how is not None, f"{site.name} is skipped"
+    return how
 
 
 def _solutions(
     program: ExportedProgram, recipe: Recipe, sites: list[Site], batches: list[Any], tell: Progress
 ) -> Iterator[tuple[Site, Solution, int]]:
     """Each site with its solution and its calibration tokens, block by block."""
-    recipes = {site.name: recipe.for_layer(site.name) for site in sites}
-    full = frozenset(name for name, how in recipes.items() if how and how.needs_covariance)
+    recipes = {site.name: _layer(recipe, site) for site in sites}
+    masks = _masks(sites, recipes)
+    full = frozenset(name for name, how in recipes.items() if how.needs_covariance)
     blocks = cut_blocks(program, sites)
     last = max(i for i, block in enumerate(blocks) if block.sites)
     sizes = {site.name: site.out_features * site.in_features for site in sites}
@@ -80,10 +101,13 @@ def _solutions(
         stats = calibrate.observe(walk, block, watched, full) if watched else {}
         weights: dict[str, Tensor] = {}
         for site in block.sites:
-            how = recipes[site.name]
-            assert how is not None
-            solution = solve(site.name, _weight(program, site), stats[site.name], how)
-            weights[site.fqn] = _as_stored(solution, site)
+            weight, how = _weight(program, site), recipes[site.name]
+            solution = solve(
+                *(site.name, weight, stats[site.name], how),
+                mask=masks.get(site.name),
+                has_bias=site.bias is not None,
+            )
+            weights |= _as_stored(program, site, solution)
             yield site, solution, stats[site.name].tokens
             done += sizes[site.name]
             tell(done / total, site.name)
@@ -91,24 +115,60 @@ def _solutions(
             walk = calibrate.advance(walk, block, weights)
 
 
-def pack(solution: Solution, layout: str) -> PackedLinear:
-    """The stored form of a solution; `layout` as the plan names it."""
-    weight = solution.weight
-    main: Packed24 | PackedInt4
-    if layout == "2:4 int4":
-        values, indices = pack_24(weight.codes)
-        main = Packed24(values, indices, weight.scale)
-    else:
-        main = _pack_int4(weight)
-    return PackedLinear(main, _pack_adapter(solution.L), _pack_adapter(solution.R))
+def _masks(sites: list[Site], recipes: dict[str, LayerRecipe]) -> dict[str, Tensor]:
+    """The masks of the layers whose recipe takes them from a file, checked before any compute."""
+    prunes = {name: how.prune for name, how in recipes.items() if how.prune is not None}
+    paths = sorted({prune.path for prune in prunes.values() if prune.path is not None})
+    files = {path: read_masks(path) for path in paths}
+    for file in files.values():
+        check_names(file, [site.name for site in sites])
+    masks = {}
+    for site in sites:
+        prune = prunes.get(site.name)
+        if prune is not None and prune.path is not None:
+            shape = (site.out_features, site.in_features)
+            masks[site.name] = mask_for(site.name, files[prune.path], shape, prune.pattern)
+    return masks
 
 
-def _pack_adapter(matrix: Quantized | Tensor | None) -> PackedInt4 | Tensor | None:
-    return _pack_int4(matrix) if isinstance(matrix, Quantized) else matrix
+def pack(solution: Solution, how: LayerRecipe, bias: Tensor | None = None) -> PackedLinear:
+    """The stored form of a solution; `bias` is the layer's own, which a bias shift is added to."""
+    weight, shift = solution.weight, solution.bias_shift
+    mask = None
+    if how.pattern is not None:  # every non-zero value, and zeros up to the number that stays
+        values = weight.codes if isinstance(weight, Quantized) else weight
+        mask = keep((values != 0).float(), how.pattern)
+    shifted = None if bias is None or shift is None else (bias.float() + shift).to(bias.dtype)
+    return PackedLinear(
+        weight=_pack(weight, layout_of(how), mask),
+        L=_pack_adapter(solution.L, how.adapter and adapter_layout(how.adapter)),
+        R=_pack_adapter(solution.R, how.adapter and Layout("dense", how.adapter.bits)),
+        input_scale=solution.input_scale,
+        bias=shifted,
+        fp8=how.inputs is not None,
+    )
 
 
-def _pack_int4(matrix: Quantized) -> PackedInt4:
-    return PackedInt4(pack_nibbles(matrix.codes), matrix.scale, matrix.group)
+def _pack_adapter(
+    matrix: Quantized | Tensor | None, layout: Layout | None
+) -> PackedMatrix | Tensor | None:
+    if matrix is None or layout is None:
+        return None
+    plain = isinstance(matrix, Tensor) and layout.where == "dense"
+    return matrix if plain else _pack(matrix, layout, None)
+
+
+def _pack(matrix: Quantized | Tensor, layout: Layout, mask: Tensor | None) -> PackedMatrix:
+    coded = isinstance(matrix, Quantized)
+    values = matrix.codes if coded else matrix
+    scale, group = (matrix.scale, matrix.group) if coded else (None, values.shape[1])
+    if layout.where == "2:4":
+        return Packed24(*pack_24(values, layout.bits), scale, layout.bits, group)
+    if layout.where == "bitmask":
+        assert mask is not None
+        return PackedBitmask(*pack_bitmask(values, mask, layout.bits), scale, layout.bits, group)
+    assert scale is not None
+    return PackedDense(pack_codes(values, layout.bits), scale, layout.bits, group)
 
 
 def _weight(program: ExportedProgram, site: Site) -> Tensor:
@@ -116,9 +176,19 @@ def _weight(program: ExportedProgram, site: Site) -> Tensor:
     return stored.T if site.transposed else stored
 
 
-def _as_stored(solution: Solution, site: Site) -> Tensor:
+def _bias(program: ExportedProgram, site: Site) -> Tensor | None:
+    return None if site.bias is None else program.state_dict[site.bias].detach()
+
+
+def _as_stored(program: ExportedProgram, site: Site, solution: Solution) -> dict[str, Tensor]:
+    """The layer's parameters as the compressed layer has them, for the blocks behind it."""
     dense = solution.dense().to(site.dtype)
-    return dense.T if site.transposed else dense
+    found = {site.fqn: dense.T if site.transposed else dense}
+    bias = _bias(program, site)
+    if bias is not None and solution.bias_shift is not None:
+        assert site.bias is not None
+        found[site.bias] = (bias.float() + solution.bias_shift).to(bias.dtype)
+    return found
 
 
 def _report(row: PlanRow, solution: Solution, tokens: int) -> LayerReport:
@@ -133,6 +203,7 @@ def _report(row: PlanRow, solution: Solution, tokens: int) -> LayerReport:
         snr=round(solution.snr, 3),
         snr_without_adapter=round(solution.snr_without_adapter, 3),
         clipped=round(solution.clipped, 6),
+        notes=solution.notes,
     )
 
 

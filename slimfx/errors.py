@@ -32,7 +32,7 @@ class ArtifactError(SlimError):
     """A file is missing, damaged, unsafe or of another format version."""
 
 
-_EXTRAS = {"transformers": "hf", "tokenizers": "hf", "datasets": "hf"}
+_EXTRAS = {"transformers": "hf", "tokenizers": "hf", "datasets": "hf", "lm_eval": "eval"}
 
 
 def need(module: str) -> ModuleType:

@@ -13,11 +13,13 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from slimfx.errors import PlanError
+from slimfx.methods.masks import NofM
 from slimfx.passes.base import input_specs, lifted_tensor
 from slimfx.passes.find_linears import Site, find_linears, storage_key
-from slimfx.recipe import Adapter, LayerRecipe, Quantize, Recipe
+from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import manifest_of
-from slimfx.runtime.pack import bytes_24, bytes_int4, fits_24
+from slimfx.runtime.pack import FLOAT_BITS, Layout, fits_24
+from slimfx.steps import Adapter, LayerRecipe, Quantize
 
 _NODE_BYTES = 45
 """Deflated graph JSON of a node, about (as measured on Llama and BERT programs)."""
@@ -40,7 +42,7 @@ class PlanRow:
     in_features: int
     method: str
     layout: str
-    """"2:4 int4", "int4", or "dense" for a layer that stays as it is."""
+    """Such as "2:4 int4" (`Layout.name`), or "dense" for a layer that stays as it is."""
     rank: int
     adapter_bits: int
     bytes_before: int
@@ -84,7 +86,7 @@ class Plan:
         return 8 * sum(row.bytes_after for row in rows) / weights if weights else math.nan
 
 
-def plan(program: ExportedProgram, recipe: Recipe | str = "slim") -> Plan:
+def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     """One row for each linear of `program` under `recipe`, and what the file will weigh.
 
     Raises:
@@ -115,14 +117,31 @@ def _row(site: Site, how: LayerRecipe | None) -> PlanRow:
     before = N * K * site.dtype.itemsize
     if how is None:
         return PlanRow(site.name, N, K, "-", "dense", 0, 0, before, before, "skipped by the recipe")
-    layout = "int4" if how.prune is None or not fits_24(how.prune.n, how.prune.m) else "2:4 int4"
-    scales = scale_count(N, K, how.quantize)
-    after = bytes_24(N, K, scales) if layout == "2:4 int4" else bytes_int4(N, K, scales)
+    layout = layout_of(how)
+    kept = N * K if how.pattern is None else how.pattern.kept(N, K)
+    scales = 0 if how.quantize is None else scale_count(N, K, how.quantize)
+    after = layout.bytes(N, K, kept=kept, scales=scales)
+    if how.scales_inputs:
+        after += 2 * K
     rank = how.adapter.rank_for(N, K) if how.adapter else 0
     if how.adapter:
         after += _adapter_bytes(N, K, rank, how.adapter)
     bits = how.adapter.bits if how.adapter else 0
-    return PlanRow(site.name, N, K, _method(how), layout, rank, bits, before, after, "")
+    return PlanRow(site.name, N, K, _method(how), layout.name, rank, bits, before, after, "")
+
+
+def layout_of(how: LayerRecipe) -> Layout:
+    """Where the weights of a layer are stored: 2:4 where the pattern allows it, a bitmask where
+    that is smaller than all codes, else densely.
+    """
+    pattern = how.pattern
+    bits = FLOAT_BITS if how.quantize is None else how.quantize.bits
+    if pattern is None:
+        return Layout("dense", bits)
+    if isinstance(pattern, NofM) and fits_24(pattern.n, pattern.m):
+        return Layout("2:4", bits)
+    smaller = bits == FLOAT_BITS or 1 + pattern.density * bits < bits
+    return Layout("bitmask" if smaller else "dense", bits)
 
 
 def scale_count(N: int, K: int, how: Quantize) -> int:
@@ -130,22 +149,38 @@ def scale_count(N: int, K: int, how: Quantize) -> int:
     return {"tensor": 1, "channel": N, "group": N * -(-K // how.group)}[how.granularity]
 
 
+def adapter_layout(how: Adapter) -> Layout:
+    """How L is stored; R is like it, never sparse."""
+    return Layout("2:4" if how.sparse else "dense", how.bits)
+
+
 def _adapter_bytes(N: int, K: int, rank: int, how: Adapter) -> int:
-    if how.bits != 4:
-        return rank * (N + K) * how.bits // 8
-    return bytes_int4(rank, K, rank * -(-K // how.group)) + bytes_int4(
-        N, rank, N * -(-rank // how.group)
-    )
+    coded = how.bits == 4
+    R = N * rank * how.bits // 8
+    if coded:
+        R = Layout("dense", 4).bytes(N, rank, kept=0, scales=N * -(-rank // how.group))
+    if not (coded or how.sparse):
+        return R + rank * K * how.bits // 8
+    scales = rank * -(-K // how.group) if coded else 0
+    return R + adapter_layout(how).bytes(rank, K, kept=0, scales=scales)
 
 
 def _method(how: LayerRecipe) -> str:
-    steps = [] if how.solve.method == "one-shot" else [f"{how.solve.method}:"]
-    steps.append(how.quantize.method)
+    steps = []
+    if how.transform:
+        steps.append(how.transform.method)
+    if how.quantize:
+        steps.append(f"{how.quantize.method} {how.quantize.bits} bit")
     if how.prune:
-        steps.append(f"{how.prune.method} {how.prune.n}:{how.prune.m}")
+        n_m = f"{how.prune.n}:{how.prune.m}"
+        share = n_m if how.prune.sparsity is None else f"{how.prune.sparsity:.0%}"
+        steps.append(f"{how.prune.method} {share}")
     if how.adapter:
         steps.append(f"{how.adapter.method} {how.adapter.bits} bit")
-    return " + ".join(steps).replace(": +", ":")
+    if how.inputs:
+        steps.append(f"{how.inputs.format} inputs")
+    prefix = "" if how.solve.method == "one-shot" else f"{how.solve.method}: "
+    return prefix + " + ".join(steps)
 
 
 def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
@@ -175,29 +210,29 @@ def _problems(site: Site, how: LayerRecipe) -> Iterable[str]:
         )
     if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
         yield f"weight of dtype {site.dtype} is not float16, bfloat16 or float32; add it to skip"
-    if how.prune is not None:
-        multiple = math.lcm(how.prune.m, 4) if fits_24(how.prune.n, how.prune.m) else how.prune.m
+    pattern = how.pattern
+    if isinstance(pattern, NofM):
+        multiple = math.lcm(pattern.m, 4 if layout_of(how).where == "2:4" else 1)
         if K % multiple:
             yield (
                 f"in_features {K} is not a multiple of {multiple}, which "
-                f"{how.prune.n}:{how.prune.m} needs; add it to skip, or override it with prune: "
-                f"null"
+                f"{pattern.n}:{pattern.m} needs; add it to skip, or override it with prune: null"
             )
-    sparse = how.prune is not None and fits_24(how.prune.n, how.prune.m)
-    if how.quantize.granularity == "group" and sparse and K % how.quantize.group:
+    elif pattern is not None and pattern.kept(N, K) == 0:
         yield (
-            f"in_features {K} is not a multiple of group {how.quantize.group}; "
-            f"override it with quantize: {{group: {_divisor(K, how.quantize.group)}}}"
+            f"sparsity {pattern.sparsity} leaves none of its {N} x {K} weights; add it to skip, "
+            f"or override it with prune: null"
+        )
+    if how.adapter is not None and how.adapter.sparse and K % 4:
+        yield (
+            f"in_features {K} is not a multiple of 4, which a sparse adapter needs; override it "
+            f"with adapter: {{sparse: false}}"
         )
     if how.adapter is not None and how.adapter.rank_for(N, K) > min(N, K):
         yield (
             f"rank {how.adapter.rank_for(N, K)} is larger than the layer [{N}, {K}] allows "
             f"({min(N, K)}); override it with adapter: {{rank: 0.1}}"
         )
-
-
-def _divisor(K: int, group: int) -> int:
-    return max(d for d in range(1, min(group, K) + 1) if K % d == 0)
 
 
 def _storages(program: ExportedProgram) -> dict[tuple, torch.Tensor]:

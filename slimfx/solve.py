@@ -1,9 +1,10 @@
-"""One linear by its recipe: quantize, prune, compensate. Tensors in, tensors out."""
+"""One linear by its recipe: transform, prune, quantize, compensate. Tensors in, tensors out."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,40 +12,68 @@ from torch import Tensor
 from slimfx.errors import SolveError
 from slimfx.methods import COMPENSATORS, PRUNERS, QUANTIZERS
 from slimfx.methods.absmax import absmax
+from slimfx.methods.alternate import alternate
+from slimfx.methods.awq import awq
+from slimfx.methods.bias import mean_error
 from slimfx.methods.covariance import damped
 from slimfx.methods.joint import joint
-from slimfx.methods.masks import keep_largest
-from slimfx.methods.quantized import Quantized, largest_code, quantize, spread
+from slimfx.methods.lplr import lplr
+from slimfx.methods.masks import NofM, keep
+from slimfx.methods.quantized import Parts, Quantized, as_float, largest_code, quantize, spread
+from slimfx.methods.salient_channels import salient_channels
 from slimfx.methods.second_order import second_order
+from slimfx.methods.smoothquant import smoothquant
 from slimfx.methods.stats import Stats
-from slimfx.recipe import Adapter, LayerRecipe, Quantize
+from slimfx.steps import Adapter, LayerRecipe, Quantize
 
-Parts = tuple[Quantized, Quantized | Tensor | None, Quantized | Tensor | None]
-"""The weight Q, and L and R where there is an adapter."""
+Stored = Quantized | Tensor
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A compressed weight [N, K] ~ weight + R @ L, codes zero where pruned."""
+    """A compressed layer: y = (weight + R L) (x * input_scale) + bias + bias_shift."""
 
-    weight: Quantized
-    L: Quantized | Tensor | None
-    R: Quantized | Tensor | None
+    weight: Stored
+    """[N, K], zero where pruned: codes, or bfloat16 where nothing is quantized."""
+    L: Stored | None
+    R: Stored | None
+    input_scale: Tensor | None
+    """bfloat16 [K]."""
+    bias_shift: Tensor | None
+    """float32 [N], the mean error of the output."""
     snr: float
     """Signal to noise of the layer's output in dB, inputs taken as uncorrelated."""
     snr_without_adapter: float
     clipped: float
     """Share of the weights beyond the largest code."""
+    notes: tuple[str, ...] = ()
+    """What was out of the ordinary, and the rule that was followed."""
+
+    @property
+    def parts(self) -> Parts:
+        """The matrices alone, in coordinates in which the input is already scaled."""
+        return Parts(self.weight, self.L, self.R)
 
     def dense(self) -> Tensor:
-        """The float32 weight [N, K] that the compressed layer multiplies with."""
-        if self.L is None or self.R is None:
-            return self.weight.dense()
-        return self.weight.dense() + as_float(self.R) @ as_float(self.L)
+        """The float32 weight [N, K] that the compressed layer multiplies its own input with."""
+        dense = self.parts.dense()
+        return dense if self.input_scale is None else dense * self.input_scale.float()
 
 
-def solve(name: str, weight: Tensor, stats: Stats, recipe: LayerRecipe) -> Solution:
+def solve(
+    name: str,
+    weight: Tensor,
+    stats: Stats,
+    recipe: LayerRecipe,
+    *,
+    mask: Tensor | None = None,
+    has_bias: bool = False,
+) -> Solution:
     """Compress the weight [N, K] of layer `name` for the inputs that `stats` describes.
+
+    Args:
+        mask: what stays, where the recipe takes masks from a file.
+        has_bias: can the layer take up a mean error of its output?
 
     Raises:
         SolveError: the weight or the result is not finite.
@@ -56,34 +85,71 @@ def solve(name: str, weight: Tensor, stats: Stats, recipe: LayerRecipe) -> Solut
             f"{name}: {bad} of {W.numel()} weights are NaN or infinite; mend the checkpoint or "
             f"add the layer to skip"
         )
+    notes = _notes(W, stats, recipe)
+    shifts = recipe.solve.correct_bias and has_bias
+    if shifts:
+        stats = stats.centred()
     unit = _power_of_two(W.abs().max().item())
     try:
-        coded, L, R = _SOLVERS[recipe.solve.method](W / unit, stats, recipe)
+        c = _input_scale(W / unit, stats, recipe)
+        if c is not None:
+            W, stats = W / c, stats.scaled(c)
+        parts = _SOLVERS[recipe.solve.method](W / unit, stats, recipe, mask)
     except torch.linalg.LinAlgError as failure:
         raise SolveError(f"{name}: {failure}; give more calibration data or skip it") from failure
-    coded = _scaled(coded, unit)
-    if L is not None:
-        L = _scaled(L, unit) if isinstance(L, Quantized) else L * unit
-    error = W - coded.dense()
-    left = error if L is None or R is None else error - as_float(R) @ as_float(L)
+    parts = Parts(_scaled(parts.weight, unit), _scaled(parts.L, unit), parts.R)
+    shift = mean_error(W, parts.dense(), stats) if shifts else None
+    return _measured(name, W, stats, recipe, parts, c, shift, notes)
+
+
+def _measured(
+    name: str,
+    W: Tensor,
+    stats: Stats,
+    recipe: LayerRecipe,
+    parts: Parts,
+    c: Tensor | None,
+    shift: Tensor | None,
+    notes: tuple[str, ...],
+) -> Solution:
+    """The solution with its figures, if it is finite."""
+    left = W - parts.dense()
     if not left.isfinite().all():
         raise SolveError(
             f"{name}: the solution is not finite (largest |weight| {W.abs().max():.3g}, largest "
             f"input {stats.peak.max():.3g}); add the layer to skip"
         )
+    how = recipe.quantize
     return Solution(
-        weight=coded,
-        L=L,
-        R=R,
+        weight=parts.weight,
+        L=parts.L,
+        R=parts.R,
+        input_scale=None if c is None else c.to(torch.bfloat16),
+        bias_shift=shift,
         snr=_decibels(W, left, stats),
-        snr_without_adapter=_decibels(W, error, stats),
-        clipped=_clipped(W, coded, recipe.quantize.bits),
+        snr_without_adapter=_decibels(W, W - as_float(parts.weight), stats),
+        clipped=_clipped(W, parts.weight, how.bits) if how else 0.0,
+        notes=notes,
     )
 
 
-def as_float(matrix: Quantized | Tensor) -> Tensor:
-    """An adapter as float32, whatever it is stored as."""
-    return matrix.dense() if isinstance(matrix, Quantized) else matrix.float()
+def _notes(W: Tensor, stats: Stats, recipe: LayerRecipe) -> tuple[str, ...]:
+    """The written rules that apply to this layer."""
+    found = []
+    dead, K = int(stats.dead.sum()), W.shape[1]
+    if dead:
+        found.append(
+            f"{dead} of {K} inputs were zero in every calibration token; their weights count as "
+            f"the least important"
+        )
+    if recipe.needs_covariance and stats.tokens < K:
+        found.append(
+            f"{stats.tokens} tokens cannot fill a covariance of {K} inputs; 1% of its mean "
+            f"diagonal was added, as always"
+        )
+    if not W.any():
+        found.append("every weight is zero, and so is its compressed form")
+    return tuple(found)
 
 
 def _power_of_two(peak: float) -> float:
@@ -91,73 +157,136 @@ def _power_of_two(peak: float) -> float:
     return 2.0 ** math.frexp(peak)[1] if peak > 1e-30 else 1.0
 
 
-def _scaled(part: Quantized, unit: float) -> Quantized:
-    return Quantized(part.codes, part.scale * unit, part.group)
+def _scaled(part: Stored | None, unit: float) -> Stored | None:
+    if isinstance(part, Quantized):
+        return Quantized(part.codes, part.scale * unit, part.group)
+    return None if part is None else part * unit
 
 
-def _one_shot(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Parts:
-    """The mask is chosen on the float weight, as the authors' code does, the scale on all of it."""
+def _input_scale(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Tensor | None:
+    how = recipe.transform
+    if how is None:
+        return None
+    if how.method == "awq":
+        mask = _mask(W, stats, recipe)  # as for c = 1, which Wanda's score does not depend on
+        return awq(W, stats, quantize=lambda w: as_float(_coded(w, stats, recipe, mask)))
+    if how.method == "smoothquant":
+        return smoothquant(W, stats, alpha=how.alpha)
+    return salient_channels(W, stats, share=how.share, factor=how.factor)
+
+
+def _mask(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Tensor | None:
+    if recipe.prune is None:
+        return None
+    return keep(PRUNERS[recipe.prune.method](W, stats), recipe.pattern)
+
+
+def _coded(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Stored:
+    """Pruned and quantized, each step by itself.
+
+    The mask is chosen on the float weight, as the authors' code does, the scale on all of it.
+    """
+    mask = _mask(W, stats, recipe) if mask is None else mask
     how = recipe.quantize
+    if how is None:
+        return (W if mask is None else W * mask).to(torch.bfloat16)
     coded = quantize(W, _scale(W, how), group=how.group, bits=how.bits)
-    if recipe.prune is not None:
-        prune = recipe.prune
-        mask = PRUNERS[prune.method](W, stats, n=prune.n, m=prune.m)
-        coded = Quantized(coded.codes * mask, coded.scale, coded.group)
-    return coded, *_adapter(W - coded.dense(), stats, recipe.adapter)
+    if mask is None:
+        return coded
+    return Quantized(coded.codes * mask, coded.scale, coded.group)
 
 
-def _second_order(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Parts:
-    how, (n, m) = recipe.quantize, _pattern(recipe)
+def _second_order_coded(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Stored:
+    how = recipe.quantize
+    scale = None if how is None else _scale(_kept(W, stats, recipe), how)
     H = damped(stats.covariance)
-    scale = _scale(_kept(W, stats, n, m), how)
-    coded = second_order(W, H, scale, group=how.group, bits=how.bits, n=n, m=m)
-    return coded, *_adapter(W - coded.dense(), stats, recipe.adapter)
+    group, bits = (how.group, how.bits) if how else (W.shape[1], 16)
+    return _rounded(second_order(W, H, scale, group=group, bits=bits, pattern=recipe.pattern))
 
 
-def _joint(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Parts:
-    how, (n, m) = recipe.quantize, _pattern(recipe)
-    return joint(
+def _rounded(weight: Stored) -> Stored:
+    """A weight that is not quantized is kept in bfloat16."""
+    return weight if isinstance(weight, Quantized) else weight.to(torch.bfloat16)
+
+
+def _one_shot(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Parts:
+    weight = _coded(W, stats, recipe, mask)
+    return Parts(weight, *_adapter(W - as_float(weight), stats, recipe.adapter))
+
+
+def _second_order(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Parts:
+    weight = _second_order_coded(W, stats, recipe)
+    return Parts(weight, *_adapter(W - as_float(weight), stats, recipe.adapter))
+
+
+def _alternate(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Parts:
+    if recipe.solve.weight == "second-order":
+        compress = partial(_second_order_coded, stats=stats, recipe=recipe)
+    else:
+        compress = partial(_coded, stats=stats, recipe=recipe, mask=mask)
+    H = damped(stats.covariance) if recipe.needs_covariance else None
+
+    def error(E: Tensor) -> float:
+        return ((E * stats.rms).square() if H is None else (E @ H) * E).sum().item()
+
+    return alternate(
         W,
-        damped(stats.covariance),
-        rank=recipe.adapter.rank_for(*W.shape) if recipe.adapter else 0,
+        compress=compress,
+        compensate=lambda E: _adapter(E, stats, recipe.adapter),
+        error=error,
         rounds=recipe.solve.rounds,
-        scale_of=lambda target: _scale(_kept(target, stats, n, m), how),
-        store=lambda matrix: _store(matrix, recipe.adapter),  # type: ignore[arg-type]
-        as_float=as_float,  # type: ignore[arg-type]
-        group=how.group,
-        bits=how.bits,
-        n=n,
-        m=m,
+        low_rank_first=recipe.solve.low_rank_first,
     )
 
 
-_SOLVERS = {"one-shot": _one_shot, "second-order": _second_order, "joint": _joint}
+def _joint(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Parts:
+    how, adapter = recipe.quantize, recipe.adapter
+    parts = joint(
+        W,
+        damped(stats.covariance),
+        rank=adapter.rank_for(*W.shape) if adapter else 0,
+        rounds=recipe.solve.rounds,
+        scale_of=(lambda T: _scale(_kept(T, stats, recipe), how)) if how else None,
+        fit=lambda E, H: _adapter(E, stats, adapter),
+        group=how.group if how else W.shape[1],
+        bits=how.bits if how else 16,
+        pattern=recipe.pattern,
+    )
+    return parts._replace(weight=_rounded(parts.weight))
+
+
+_SOLVERS = {
+    "one-shot": _one_shot,
+    "second-order": _second_order,
+    "alternate": _alternate,
+    "joint": _joint,
+}
 
 
 def _scale(W: Tensor, how: Quantize) -> Tensor:
     return QUANTIZERS[how.method](W, bits=how.bits, granularity=how.granularity, group=how.group)
 
 
-def _pattern(recipe: LayerRecipe) -> tuple[int, int]:
-    """n:m of a layer; 1:1 where nothing is pruned."""
-    return (recipe.prune.n, recipe.prune.m) if recipe.prune else (1, 1)
-
-
-def _kept(W: Tensor, stats: Stats, n: int, m: int) -> Tensor:
+def _kept(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Tensor:
     """The weights that will likely stay, zeros elsewhere: what the scale has to fit."""
-    return W * keep_largest(W.abs() * stats.rms, n=n, m=m) if n < m else W
+    return W * keep(W.abs() * stats.rms, recipe.pattern)
 
 
 def _adapter(
     error: Tensor, stats: Stats, how: Adapter | None
-) -> tuple[Quantized | Tensor | None, Quantized | Tensor | None]:
+) -> tuple[Stored | None, Stored | None]:
     if how is None:
         return None, None
-    L, R = COMPENSATORS[how.method](error, stats, rank=how.rank_for(*error.shape))
+    rank = how.rank_for(*error.shape)
+    if how.method == "lplr":
+        return lplr(error, stats, rank=rank, store=partial(_store, how=how))
+    L, R = COMPENSATORS[how.method](error, stats, rank=rank, fast=how.fast)
+    if how.sparse:
+        L = L * keep(L.abs() * stats.rms, NofM(2, 4))
     return _store(L, how), _store(R, how)
 
 
-def _store(matrix: Tensor, how: Adapter) -> Quantized | Tensor:
+def _store(matrix: Tensor, how: Adapter) -> Stored:
     if how.bits == 4:
         scale = absmax(matrix, bits=4, granularity="group", group=how.group)
         return quantize(matrix, scale, group=how.group, bits=4)
@@ -172,6 +301,8 @@ def _decibels(W: Tensor, error: Tensor, stats: Stats) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
 
 
-def _clipped(W: Tensor, coded: Quantized, bits: int) -> float:
-    step = spread(coded.scale.float(), coded.group, W.shape[1])
+def _clipped(W: Tensor, weight: Stored, bits: int) -> float:
+    if not isinstance(weight, Quantized):
+        return 0.0
+    step = spread(weight.scale.float(), weight.group, W.shape[1])
     return (W.abs() > step * (largest_code(bits) + 0.5)).float().mean().item()

@@ -13,14 +13,15 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from slimfx.runtime.pack import unpack_24, unpack_nibbles
+from slimfx.runtime.pack import FLOAT_BITS, unpack_24, unpack_bitmask, unpack_codes
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.functional import relu
 from transformers.pytorch_utils import Conv1D
 
 import slimfx
-from slimfx.recipe import Adapter, Calibration, Prune, Quantize, Recipe
+from slimfx.recipe import PRESETS, Calibration, Recipe
+from slimfx.steps import Adapter, Prune, Quantize, Transform
 
 aten = torch.ops.aten
 VOCABULARY = 96
@@ -43,8 +44,18 @@ RECIPES = {
         quantize=Quantize("absmax", granularity="channel"),
         adapter=Adapter("naive", bits=32),
     ),
+    "50%": Recipe(
+        prune=Prune("wanda", sparsity=0.5),
+        quantize=Quantize("absmax", bits=3, granularity="group", group=12),
+        adapter=Adapter(rank=0.2, bits=4, group=5, sparse=True),
+        transform=Transform("smoothquant"),
+    ),
 }
-"""Together every layout, granularity and form of adapter, at groups that tiny layers allow."""
+"""Together every kind of layout, granularity and adapter, at groups that tiny layers allow."""
+
+
+SOLVED = [name for name, recipe in PRESETS.items() if recipe.tune is None]
+"""The presets that need no gradient descent."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +357,10 @@ def answer(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def emulate(each: Case, program: ExportedProgram, recipe: Recipe) -> tuple[nn.Module, list[str]]:
-    """A copy of the model with the weights that the program stores, and their parameters."""
+    """A copy of the model with the weights that the program stores, and their parameters.
+
+    Biases are those of the program, too: a recipe may shift them.
+    """
     model = copy.deepcopy(each.model)
     replaced = []
     for name, parameter in model.named_parameters():
@@ -357,33 +371,45 @@ def emulate(each: Case, program: ExportedProgram, recipe: Recipe) -> tuple[nn.Mo
         if W is not None:
             parameter.data = W.T.contiguous() if turned else W
             replaced.append(name)
+        if name.endswith("bias"):
+            parameter.data = program.state_dict[each.root + name].detach()
     return model, replaced
 
 
 def stored_weight(
     program: ExportedProgram, prefix: str, shape: Any, recipe: Recipe
 ) -> Tensor | None:
-    """unpack * scale + R @ L of one layer, from the program's own tensors; None if it has none."""
+    """(unpack * scale + R @ L) * input_scale of one layer, from the program's own tensors.
+
+    None if the program stores none for it.
+    """
     start = f"{prefix}.slim_"
     part = {k[len(start) :]: t for k, t in program.state_dict.items() if k.startswith(start)}
     if not part:
         return None
-    if "values" in part:
-        codes = unpack_24(part["values"], part["indices"]).float()
-        W = codes * _wide(part["scale"], recipe.quantize.group, codes.shape[1])
+    W = _unpacked(part, "", shape[1], recipe.quantize)
+    if recipe.adapter is not None:
+        L = _unpacked(part, "L", shape[1], recipe.adapter)
+        W = W + _unpacked(part, "R", len(L), recipe.adapter) @ L
+    return W * part.get("input_scale", torch.ones(1)).float()
+
+
+def _unpacked(
+    part: dict[str, Tensor], name: str, width: int, how: Quantize | Adapter | None
+) -> Tensor:
+    """A stored matrix as float32, in whatever layout its tensors are."""
+    if name in part:
+        return part[name].float()
+    prefix = f"{name}_" if name else ""
+    bits, group = (how.bits, how.group) if how else (FLOAT_BITS, width)
+    if f"{prefix}codes" in part:
+        values = unpack_codes(part[f"{prefix}codes"], bits, width)
+    elif f"{prefix}mask" in part:
+        values = unpack_bitmask(part[f"{prefix}values"], part[f"{prefix}mask"], bits, width)
     else:
-        W = _int4(part, "", shape[1], recipe.quantize.group)
-    if recipe.adapter is None:
-        return W
-    if recipe.adapter.bits != 4:
-        return W + part["R"].float() @ part["L"].float()
-    L = _int4(part, "L_", shape[1], recipe.adapter.group)
-    return W + _int4(part, "R_", len(L), recipe.adapter.group) @ L
-
-
-def _int4(part: dict[str, Tensor], name: str, width: int, group: int) -> Tensor:
-    codes = unpack_nibbles(part[f"{name}codes"], width).float()
-    return codes * _wide(part[f"{name}scale"], group, width)
+        values = unpack_24(part[f"{prefix}values"], part[f"{prefix}indices"], bits, width)
+    scale = part.get(f"{prefix}scale")
+    return values.float() if scale is None else values.float() * _wide(scale, group, width)
 
 
 def _wide(scale: Tensor, group: int, width: int) -> Tensor:

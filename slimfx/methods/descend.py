@@ -1,4 +1,4 @@
-"""Cyclic descent on integer codes: each step replaces a few codes by the best ones, all else fixed.
+"""Cyclic descent on stored values: each step replaces a few by the best ones, all else fixed.
 
 The error of a row is (t - q) H (t - q)^T. For the columns g of one group, with the others fixed, it
 is the small quadratic  q_g H_gg q_g^T - 2 c q_g^T,  c = ((t - q) H)_g + q_g H_gg.  A step can only
@@ -8,75 +8,112 @@ which two of the four weights stay, by trying all six pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
+from slimfx.methods.masks import NofM, Pattern, keep
 from slimfx.methods.quantized import Quantized, largest_code, spread
 
 _BLOCK = 64  # columns updated together before the rest of the row is
+Choice = Callable[[int, Tensor, Tensor], Tensor]
+"""(first column, ((t - q) H)_g / scale, codes) -> better codes; all [columns of the group, N]."""
 
 
 def descend(
-    target: Tensor, H: Tensor, start: Quantized, *, bits: int, n: int, m: int, sweeps: int
-) -> Quantized:
-    """Better codes for target [N, K] under the damped covariance H [K, K], scales as they are.
+    target: Tensor,
+    H: Tensor,
+    start: Quantized | Tensor,
+    *,
+    bits: int,
+    pattern: Pattern | None,
+    sweeps: int,
+) -> Quantized | Tensor:
+    """Better values for target [N, K] under the damped covariance H [K, K], of the kind of `start`.
 
-    n:m = 2:4 moves the mask; any other keeps the zeros that are there.
+    Scales stay as they are; without them the values are float32 and nothing is rounded. The mask
+    moves for 2:4, where the four weights share a scale. Otherwise zeros stay zeros; if there are
+    more of them than the pattern asks for, the largest of the target among them may return.
     """
-    T = target.float()
-    N, K = T.shape
-    step = spread(start.scale.float(), start.group, K).expand(N, K)
-    codes = start.codes.float()
-    moving = (n, m) == (2, 4)
-    keep = torch.ones_like(codes) if n == m else (codes != 0).float()
+    T = target.float().T.contiguous()  # [K, N]: a column of the weight is one run of memory
+    K, N = T.shape
+    coded = isinstance(start, Quantized)
+    codes = (start.codes if coded else start).float().T.clone(memory_format=torch.contiguous_format)
+    scale = spread(start.scale.float(), start.group, K) if coded else T.new_ones(1, 1)
+    step = scale.T.expand(K, -1)
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+    top = largest_code(bits) if coded else None
+    if pattern == NofM(2, 4) and (scale.shape[1] == 1 or start.group % 4 == 0):
+        width, choose = 4, _best_pairs(H, top)
+    else:
+        width, choose = 1, _nearest(H, _mask(codes, T, H, pattern), top)
     for _ in range(sweeps):
-        gradient = (T - codes * step) @ H
+        gradient = H @ (T - codes * step)
         for begin in range(0, K, _BLOCK):
             end = min(begin + _BLOCK, K)
-            H_in, s = H[begin:end, begin:end], step[:, begin:end]
-            before = codes[:, begin:end].clone()
-            inside = gradient[:, begin:end].clone()
-            for i in range(0, end - begin, 4 if moving else 1):
-                here = slice(i, i + (4 if moving else 1))
-                old = codes[:, begin:end][:, here]
-                c = inside[:, here] + (old * s[:, here]) @ H_in[here, here]
-                if moving:
-                    new = _best_pair(c, H_in[here, here], s[:, here], old, largest_code(bits))
-                else:
-                    new = _nearest(c, H_in[i, i], s[:, here], largest_code(bits))
-                    new = new * keep[:, begin:end][:, here]
-                inside -= ((new - old) * s[:, here]) @ H_in[here]
-                codes[:, begin:end][:, here] = new
-            gradient -= ((codes[:, begin:end] - before) * s) @ H[begin:end]
-    return Quantized(codes.to(torch.int8), start.scale, start.group)
+            change = T.new_empty(end - begin, N)
+            for i in range(begin, end, width):
+                g, j = slice(i, i + width), i + width
+                new = choose(i, gradient[g] * inverse[g], codes[g])
+                moved = torch.mul(new - codes[g], step[g], out=change[i - begin : j - begin])
+                codes[g] = new
+                gradient[j:end].addmm_(H[j:end, g], moved, alpha=-1)
+            gradient[end:].addmm_(H[end:, begin:end], change, alpha=-1)
+    values = codes.T.contiguous()
+    return Quantized(values.to(torch.int8), start.scale, start.group) if coded else values
 
 
-def _nearest(c: Tensor, h: Tensor, s: Tensor, top: int) -> Tensor:
-    """The code that minimises h (s q)^2 - 2 c s q."""
-    return torch.where(s > 0, c / (h * s), 0.0).round().clamp(-top, top)
+def _mask(codes: Tensor, T: Tensor, H: Tensor, pattern: Pattern | None) -> Tensor:
+    """The weights that may differ from zero: those that do, then the largest of the target."""
+    score = T.abs() * H.diagonal().sqrt()[:, None]
+    score = (codes != 0) + 0.5 * score / score.max().clamp_min(1e-30)
+    return keep(score.T, pattern).T.contiguous()
 
 
-def _best_pair(c: Tensor, h: Tensor, s: Tensor, old: Tensor, top: int) -> Tensor:
-    """The best two non-zero codes of four, [N, 4]; `old` where nothing is better.
+def _round(q: Tensor, top: int | None) -> Tensor:
+    """In place."""
+    return q if top is None else q.round_().clamp_(-top, top)
 
-    For each pair the free optimum of one weight is rounded and the other follows, in both orders.
+
+def _nearest(H: Tensor, mask: Tensor, top: int | None) -> Choice:
+    """One code, the nearest to the optimum."""
+    h = H.diagonal()
+
+    def choose(i: int, gradient: Tensor, old: Tensor) -> Tensor:
+        return _round(gradient.div_(h[i]).add_(old), top).mul_(mask[i])
+
+    return choose
+
+
+def _best_pairs(H: Tensor, top: int | None) -> Choice:
+    """The best two non-zero codes of four; the old ones where nothing is better.
+
+    For each pair (a, b) the free optimum of a is rounded, then what is best for b.
     """
-    pairs = torch.tensor(list(combinations(range(4), 2)), device=c.device)
-    pairs = torch.cat([pairs, pairs.flip(1)])  # the first of a pair is rounded first
-    a, b = pairs[:, 0], pairs[:, 1]
-    haa, hab, hbb = h[a, a], h[a, b], h[b, b]
-    ca, cb, sa, sb = c[:, a], c[:, b], s[:, a], s[:, b]
-    free = (ca * hbb - cb * hab) / (haa * hbb - hab * hab)
-    qa = torch.where(sa > 0, free / sa, 0.0).round().clamp(-top, top)
-    qb = _nearest(cb - qa * sa * hab, hbb, sb, top)
-    wa, wb = qa * sa, qb * sb
-    value = haa * wa * wa + 2 * hab * wa * wb + hbb * wb * wb - 2 * (ca * wa + cb * wb)
-    best, which = value.min(1)
-    new = torch.zeros_like(old)
-    new.scatter_(1, a[which, None], qa.gather(1, which[:, None]))
-    new.scatter_(1, b[which, None], qb.gather(1, which[:, None]))
-    w = old * s
-    stay = ((w @ h) * w).sum(1) - 2 * (w * c).sum(1)
-    return torch.where((best < stay)[:, None], new, old)
+    pairs = torch.tensor(list(combinations(range(4), 2)), device=H.device).T.contiguous()
+    a, b = pairs
+    blocks = torch.stack([H[i : i + 4, i : i + 4] for i in range(0, len(H), 4)])
+    haa, hab, hbb = blocks[:, a, a], blocks[:, a, b], blocks[:, b, b]  # [groups, 6]
+    one = torch.eye(4, device=H.device)
+    free = (hbb[..., None] * one[a] - hab[..., None] * one[b]) / (haa * hbb - hab * hab)[..., None]
+    rows = torch.cat([free, -2 * one[a].expand_as(free), one[b] / hbb[..., None]], 1)  # [., 18, 4]
+    tables = [blocks, rows, haa[..., None], -(hab / hbb)[..., None], hbb[..., None]]
+    per_group = list(zip(*(table.unbind() for table in tables)))
+
+    def choose(i: int, gradient: Tensor, old: Tensor) -> Tensor:
+        block, rows, haa, ratio, hbb = per_group[i // 4]
+        c = torch.addmm(gradient, block, old)
+        qa, value, qb = (rows @ c).view(3, 6, -1)  # value: -2 c_a as yet, qb: c_b / h_bb
+        qa = _round(qa, top)
+        free = qb.addcmul(qa, ratio)
+        qb = _round(qb.copy_(free), top)
+        value = value.addcmul_(qa, haa).mul_(qa).addcmul_(qb.sub(free, alpha=2).mul_(qb), hbb)
+        least, which = value.min(0)
+        best = torch.stack([qa, qb]).gather(1, which.expand(2, 1, -1)).squeeze(1)
+        new = torch.zeros_like(old).scatter_(0, pairs[:, which], best)
+        stay = -gradient.add_(c).mul_(old).sum(0)
+        return torch.where(least < stay, new, old)
+
+    return choose

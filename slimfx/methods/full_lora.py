@@ -6,31 +6,32 @@ import torch
 from torch import Tensor
 
 from slimfx.methods.covariance import damped
+from slimfx.methods.eigenvectors import leading_eigenvectors
 from slimfx.methods.stats import Stats
 
 
-def full_lora(error: Tensor, stats: Stats, *, rank: int) -> tuple[Tensor, Tensor]:
+def full_lora(
+    error: Tensor, stats: Stats, *, rank: int, fast: bool = False
+) -> tuple[Tensor, Tensor]:
     """L [r, K], R [N, r] minimising the error of the layer's output over the calibration tokens."""
-    return low_rank_under(error, damped(stats.covariance), rank)
+    return low_rank_under(error, damped(stats.covariance), rank, fast=fast)
 
 
-def low_rank_under(error: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank_under(
+    error: Tensor, H: Tensor, rank: int, *, fast: bool = False
+) -> tuple[Tensor, Tensor]:
     """L [r, K], R [N, r] minimising trace((E - R L) H (E - R L)^T) (Zhang et al. 2024, theorem 1).
 
     With U the leading left singular vectors of E H^(1/2), the best rank-r part of that product is
     U U^T E H^(1/2); so R = U and L = U^T E, and no root or inverse of H is needed. U comes from the
     smaller of E H E^T and S^T E^T E S, where H = S S^T. H must be positive definite (`damped`).
+    `fast` is that of `leading_eigenvectors`.
     """
     peak = error.abs().max().float()
     E = error.float() / peak if peak > 0 else error.float()  # so that squares stay in range
     if E.shape[0] <= E.shape[1]:
-        _, U = torch.linalg.eigh(E @ H @ E.T)  # eigenvalues ascend
-        R = U[:, -rank:].flip(1).contiguous()
+        R = leading_eigenvectors((E, H, E.T), rank, fast=fast)
     else:
         ES = E @ torch.linalg.cholesky(H)
-        _, V = torch.linalg.eigh(ES.T @ ES)
-        US = ES @ V[:, -rank:].flip(1)
-        S = US.norm(dim=0)
-        alive = S.max() * torch.finfo(S.dtype).eps < S
-        R = torch.where(alive, US / S.clamp_min(1e-30), 0.0)
+        R, _ = torch.linalg.qr(ES @ leading_eigenvectors((ES.T, ES), rank, fast=fast))
     return peak * (R.T @ E), R

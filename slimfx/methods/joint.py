@@ -1,36 +1,30 @@
 """Sparse, quantized and low-rank parts solved together against the full covariance.
 
-    min over Q in n:m int4, L, R of  trace((W - Q - R L) H (W - Q - R L)^T)
+    min over Q, L, R of  trace((W - Q - R L) H (W - Q - R L)^T)
 
-alternates (a) Q for the target W - R L, by `second_order` and then `descend`, and (b) R, L for
-W - Q, rounded as they will be stored, so that the next Q takes up their rounding. A last
-descent follows the last adapter. The iterate with the smallest error is kept.
+starts from the best R, L for W itself, which leaves the least for Q to hold, and alternates (a) Q,
+sparse or in codes or both, for the target W - R L, and (b) R, L for W - Q, rounded as they will be
+stored, so that the next Q takes up their rounding. Q is solved afresh by `second_order` in most
+rounds, so that its mask keeps moving, then refined by `descend`. The best iterate is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from slimfx.methods.covariance import inverse_factor
 from slimfx.methods.descend import descend
-from slimfx.methods.full_lora import low_rank_under
-from slimfx.methods.quantized import Quantized
+from slimfx.methods.masks import Pattern
+from slimfx.methods.quantized import Parts, Quantized, as_float
 from slimfx.methods.second_order import second_order
 
-Stored = TypeVar("Stored")
-_WARM = 3  # of four rounds, so many solve Q afresh; the others start from the Q they have
-_SWEEPS = 2
-
-
-class Joint(NamedTuple, Generic[Stored]):
-    """A weight's two parts; L and R are None at rank 0."""
-
-    Q: Quantized
-    L: Stored | None
-    R: Stored | None
+Stored = Quantized | Tensor
+_AFRESH = 0.75  # share of the rounds that solve Q afresh
+_SWEEPS = 2  # of descent in each of the other rounds
+_LAST_SWEEPS = 4  # of descent after the last adapter
 
 
 def joint(
@@ -39,46 +33,52 @@ def joint(
     *,
     rank: int,
     rounds: int,
-    scale_of: Callable[[Tensor], Tensor],
-    store: Callable[[Tensor], Stored],
-    as_float: Callable[[Stored], Tensor],
+    scale_of: Callable[[Tensor], Tensor] | None,
+    fit: Callable[[Tensor, Tensor], tuple[Stored, Stored]],
     group: int,
     bits: int,
-    n: int,
-    m: int,
-) -> Joint[Stored]:
-    """The best of `rounds` alternations.
+    pattern: Pattern | None,
+) -> Parts:
+    """The best of `rounds` alternations; at rank 0 one solution and its descent.
 
     Args:
         H: damped covariance of the inputs [K, K].
-        scale_of: the scale for a target [N, K]; `store` and `as_float`: an adapter as it is kept.
-        group, bits, n, m: of Q, as in `second_order`.
+        scale_of: the scale for a target [N, K]; None leaves Q in float32.
+        fit: (error [N, K], H) -> L [rank, K], R [N, rank] as they will be stored.
+        group, bits, pattern: of Q, as in `second_order`.
+
+    Raises:
+        torch.linalg.LinAlgError: H is not positive definite.
     """
-    low_rank = torch.zeros_like(W)
-    scale = scale_of(W)
-    L = R = None
+    W = W.float()
+    U = inverse_factor(H)
+    nothing = torch.zeros_like(W)
     best, least = None, float("inf")
 
-    def remember(Q: Quantized) -> None:
+    def remember(parts: Parts) -> None:
         nonlocal best, least
-        E = W - Q.dense() - low_rank
+        E = W - parts.dense()
         error = ((E @ H) * E).sum().item()
         if best is None or error < least:
-            best, least = Joint(Q, L, R), error
+            best, least = parts, error
 
-    Q = None
-    for done in range(rounds):
-        if Q is None or 4 * done < _WARM * rounds:
-            scale = scale_of(W - low_rank)
-            Q = second_order(W - low_rank, H, scale, group=group, bits=bits, n=n, m=m)
-        Q = descend(W - low_rank, H, Q, bits=bits, n=n, m=m, sweeps=_SWEEPS)
-        remember(Q)
-        if not rank:
-            break
-        L, R = (store(part) for part in low_rank_under(W - Q.dense(), H, rank))
-        low_rank = as_float(R) @ as_float(L)
-        remember(Q)
-    assert best is not None and Q is not None
-    if rank:
-        remember(descend(W - low_rank, H, Q, bits=bits, n=n, m=m, sweeps=_SWEEPS))
+    def with_adapter(Q: Stored) -> Parts:
+        return Parts(Q, *fit(W - as_float(Q), H)) if rank else Parts(Q, None, None)
+
+    def target(parts: Parts) -> Tensor:
+        return W - parts._replace(weight=nothing).dense()
+
+    parts = with_adapter(nothing)
+    for done in range(rounds if rank else 1):
+        T = target(parts)
+        if done < _AFRESH * rounds:
+            scale = None if scale_of is None else scale_of(T)
+            Q = second_order(T, H, scale, group=group, bits=bits, pattern=pattern, U=U)
+        else:
+            Q = descend(T, H, parts.weight, bits=bits, pattern=pattern, sweeps=_SWEEPS)
+        parts = with_adapter(Q)
+        remember(parts)
+    Q = descend(target(parts), H, Q, bits=bits, pattern=pattern, sweeps=_LAST_SWEEPS)
+    remember(parts._replace(weight=Q))
+    assert best is not None
     return best

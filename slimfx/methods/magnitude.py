@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from slimfx.methods.masks import keep_largest
 from slimfx.methods.stats import Stats
 
 
-def magnitude(weight: Tensor, stats: Stats, *, n: int, m: int) -> Tensor:
-    """Keep the n of m weights with the largest |W_ij|; `stats` is not used."""
-    return keep_largest(weight.abs(), n=n, m=m)
+def magnitude(weight: Tensor, stats: Stats) -> Tensor:
+    """The score |W_ij|; `stats` is not used."""
+    return weight.abs()

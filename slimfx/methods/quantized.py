@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+"""The widths codes may have."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,25 @@ class Quantized:
     def dense(self) -> Tensor:
         """The float32 matrix [N, K] the codes stand for."""
         return self.codes.float() * spread(self.scale.float(), self.group, self.codes.shape[1])
+
+
+class Parts(NamedTuple):
+    """A compressed weight [N, K] ~ weight + R @ L; L and R are None where there is no adapter."""
+
+    weight: Quantized | Tensor
+    L: Quantized | Tensor | None
+    R: Quantized | Tensor | None
+
+    def dense(self) -> Tensor:
+        """The float32 matrix [N, K] the parts stand for."""
+        if self.L is None or self.R is None:
+            return as_float(self.weight)
+        return as_float(self.weight) + as_float(self.R) @ as_float(self.L)
+
+
+def as_float(matrix: Quantized | Tensor) -> Tensor:
+    """A stored matrix as float32, whether it has codes or is floating point itself."""
+    return matrix.dense() if isinstance(matrix, Quantized) else matrix.float()
 
 
 def largest_code(bits: int) -> int:

@@ -9,14 +9,16 @@ from slimfx.methods.low_rank import low_rank
 from slimfx.methods.stats import Stats
 
 
-def slim_lora(error: Tensor, stats: Stats, *, rank: int) -> tuple[Tensor, Tensor]:
+def slim_lora(
+    error: Tensor, stats: Stats, *, rank: int, fast: bool = False
+) -> tuple[Tensor, Tensor]:
     """L [r, K], R [N, r] minimising ||(W - Wc - R L) diag(x)||_F (arXiv 2410.09615, section 3.2).
 
     The paper writes W as [in, out] and x W + x L R; here W is [out, in], so L acts on the input
     first. x is the saliency: mean |x_j| shifted by its smallest value, which keeps diag(x)
     invertible.
     """
-    _, R = low_rank(error.float() * saliency(stats), rank)
+    _, R = low_rank(error.float() * saliency(stats), rank, fast=fast)
     return R.T @ error.float(), R  # as R R^T E diag(x) diag(1/x), without dividing by a small x
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slimfx.methods.quantized import largest_code
 
-_OCTAVES = 20  # an optimum below max|w| / 7 / 2^17 would need more than 2^34 weights
+_OCTAVES = 17  # how far below absmax the best scale may be: see `_candidates`
 _CHUNK = 1 << 22  # weights looked at together, so that memory stays flat
 
 
@@ -27,7 +27,7 @@ def slim_quant(weight: Tensor, *, bits: int, granularity: str, group: int) -> Te
     `granularity` must be "tensor" (the recipe checks it). An all-zero weight has scale zero.
     """
     magnitude = weight.detach().flatten().abs()
-    candidates = _bfloat16_below(magnitude.max().item())  # at max|w| only code 1 is in use
+    candidates = _candidates(magnitude.max().item(), bits)
     if not len(candidates):
         return torch.zeros(1, 1, dtype=torch.bfloat16, device=weight.device)
     candidates = candidates.to(weight.device)
@@ -51,10 +51,16 @@ def slim_quant(weight: Tensor, *, bits: int, granularity: str, group: int) -> Te
     return candidates[best].to(torch.bfloat16).reshape(1, 1)
 
 
-def _bfloat16_below(top: float) -> Tensor:
-    """Every normal bfloat16 from top / 2^20 to just above top, ascending, as float64."""
-    highest = int(torch.tensor(top, dtype=torch.bfloat16).view(torch.int16)) + 1
-    lowest = max(highest - _OCTAVES * 128, 128)
-    bits = torch.arange(lowest, max(lowest, highest), dtype=torch.int16)
-    values = bits.view(torch.bfloat16).double()
+def _candidates(peak: float, bits: int) -> Tensor:
+    """Every normal bfloat16 that can be the best scale, ascending, as float64.
+
+    They end just above max|w|, where only code 1 is in use, and begin 17 octaves below
+    max|w| / 2^(bits-1). A smaller scale s leaves almost max|w|^2 on the largest weight. Giving that
+    weight a code, and zeros to the ones that s does not clip, costs less than (2^(bits-1) s)^2 on
+    each of these, so s can be the best only with more than 2^33 of them.
+    """
+    highest = int(torch.tensor(peak, dtype=torch.bfloat16).view(torch.int16)) + 1
+    lowest = max(highest - (_OCTAVES + bits - 1) * 128, 128)
+    numbers = torch.arange(lowest, max(lowest, highest), dtype=torch.int16)
+    values = numbers.view(torch.bfloat16).double()
     return values[(values > 0) & values.isfinite()]

@@ -54,7 +54,7 @@ def by_hand(
 
 
 def stored(name: str, solution: Solution) -> dict[str, Tensor]:
-    values, indices = pack_24(solution.weight.codes)
+    values, indices = pack_24(solution.weight.codes, 4)
     parts = {"values": values, "indices": indices, "scale": solution.weight.scale}
     if solution.L is not None:
         parts |= {"L": solution.L, "R": solution.R}

@@ -33,7 +33,8 @@ from slimfx.errors import CalibrationError, SolveError
 from slimfx.recipe import Recipe
 
 linear_24 = torch.ops.slimfx.linear_24.default
-linear_int4 = torch.ops.slimfx.linear_int4.default
+linear_int = torch.ops.slimfx.linear_int.default
+linear_bitmask = torch.ops.slimfx.linear_bitmask.default
 PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default)
 
 
@@ -82,25 +83,35 @@ def test_every_linear_becomes_one_sparse_node_and_its_adapter_two(kind: str) -> 
     expected = EXPECTED[kind]
     before = captured(kind)
     assert count(before, *expected.products) == expected.uses + expected.dense
-    assert count(before, linear_24, linear_int4) == 0
+    assert count(before, linear_24, linear_int, linear_bitmask) == 0
 
     slim = compressed(kind, "slim")
     assert count(slim, linear_24) == expected.uses
-    assert count(slim, linear_int4) == 0
+    assert count(slim, linear_int) == 0
     assert count(slim, *expected.products) == expected.dense + 2 * expected.uses
 
     slim_q = compressed(kind, "slim-q")
     assert count(slim_q, linear_24) == expected.uses
-    assert count(slim_q, linear_int4) == 2 * expected.uses
+    assert count(slim_q, linear_int) == 2 * expected.uses
     assert count(slim_q, *expected.products) == expected.dense
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_pruning_and_adapter_in_codes_every_node_is_dense_int4(kind: str) -> None:
+def test_without_pruning_and_adapter_in_codes_every_node_is_dense(kind: str) -> None:
     expected, program = EXPECTED[kind], compressed(kind, "int4")
     assert count(program, linear_24) == 0
-    assert count(program, linear_int4) == 3 * expected.uses
+    assert count(program, linear_int) == 3 * expected.uses
     assert count(program, *expected.products) == expected.dense
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layout_and_the_input_scale_have_their_nodes(kind: str) -> None:
+    expected, before, program = EXPECTED[kind], captured(kind), compressed(kind, "50%")
+    assert count(program, linear_bitmask) == expected.uses
+    assert count(program, linear_24) == count(program, linear_int) == expected.uses
+    assert count(program, *expected.products) == expected.dense
+    scaled = count(program, aten.mul.Tensor) - count(before, aten.mul.Tensor)
+    assert scaled == expected.uses
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

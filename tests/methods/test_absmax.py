@@ -10,14 +10,18 @@ from slimfx.methods.absmax import absmax
 from slimfx.methods.quantized import quantize
 
 
-def reference(W: Tensor, granularity: str, group: int) -> list[list[float]]:
-    """max|w| / 7 of every block, rounded to bfloat16."""
+def reference(W: Tensor, bits: int, granularity: str, group: int) -> list[list[float]]:
+    """max|w| over the largest code for every block, rounded to bfloat16."""
     N, K = W.shape
     rows = [range(N)] if granularity == "tensor" else [[i] for i in range(N)]
     width = group if granularity == "group" else K
     columns = [range(start, min(start + width, K)) for start in range(0, K, width)]
     peaks = [[max(abs(W[i, j].item()) for i in r for j in c) for c in columns] for r in rows]
-    return (torch.tensor(peaks, dtype=torch.float64) / 7).to(torch.bfloat16).tolist()
+    return (
+        (torch.tensor(peaks, dtype=torch.float64) / (2 ** (bits - 1) - 1))
+        .to(torch.bfloat16)
+        .tolist()
+    )
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -27,25 +31,26 @@ def reference(W: Tensor, granularity: str, group: int) -> list[list[float]]:
     st.integers(1, 13),
     st.sampled_from(["tensor", "channel", "group"]),
     st.integers(1, 16),
+    st.sampled_from([2, 3, 4, 8]),
 )
-def test_is_the_largest_weight_of_each_block_over_seven(
-    seed: int, N: int, K: int, granularity: str, group: int
+def test_is_the_largest_weight_of_each_block_over_the_largest_code(
+    seed: int, N: int, K: int, granularity: str, group: int, bits: int
 ) -> None:
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
-    scale = absmax(W, bits=4, granularity=granularity, group=group)
+    scale = absmax(W, bits=bits, granularity=granularity, group=group)
     assert scale.dtype == torch.bfloat16
-    assert scale.tolist() == reference(W, granularity, group)
+    assert scale.tolist() == reference(W, bits, granularity, group)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 def test_no_weight_is_off_by_more_than_half_a_step_and_the_rounding_of_the_scale(
-    granularity: str,
+    granularity: str, bits: int
 ) -> None:
     W = torch.randn(9, 50)
-    scale = absmax(W, bits=4, granularity=granularity, group=16)
-    coded = quantize(W, scale, group=16, bits=4)
-    step = coded.dense().abs().amax() / 7 if granularity == "tensor" else scale.float().amax()
-    bound = (0.5 + 7 * 2**-8) * step
+    scale = absmax(W, bits=bits, granularity=granularity, group=16)
+    coded = quantize(W, scale, group=16, bits=bits)
+    bound = (0.5 + (2 ** (bits - 1) - 1) * 2**-8) * scale.float().amax()
     assert (coded.dense() - W).abs().max() <= bound
 
 

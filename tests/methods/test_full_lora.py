@@ -39,11 +39,22 @@ def test_full_beats_saliency_beats_naive_on_the_outputs(shape: tuple[int, int]) 
     assert errors["full"] <= errors["slim-lora"] <= errors["naive"]
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+@pytest.mark.parametrize("rank", [0, 1, 12])
+def test_any_rank_from_nothing_to_everything(shape: tuple[int, int], rank: int) -> None:
+    E, H = torch.randn(shape), damped(watched(shape[1]).covariance)
+    L, R = low_rank_under(E, H, rank)
+    assert L.shape == (rank, shape[1])
+    assert R.shape == (shape[0], rank)
+    if rank == 12:
+        assert torch.allclose(R @ L, E, atol=1e-3)
+
+
 def test_a_dead_channel_and_one_token_stay_finite() -> None:
     x = torch.randn(1, 16)
     x[:, 3] = 0
     stats = add_tokens(empty_stats(16, covariance=True), x)
-    for error in (torch.randn(8, 16), torch.randn(32, 16), torch.zeros(8, 16)):
+    for error in (torch.randn(8, 16), torch.randn(32, 16), torch.zeros(8, 16), torch.zeros(32, 16)):
         L, R = full_lora(error, stats, rank=4)
         assert L.isfinite().all()
         assert R.isfinite().all()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimfx.bench_solver import error_matrix
 from slimfx.methods.low_rank import low_rank
 
 SHAPES = [(12, 40), (40, 12), (24, 24)]
@@ -114,11 +115,35 @@ def test_works_on_the_smaller_side(N: int, K: int) -> None:
     E = torch.randn(N, K)
     with FlopCounterMode(display=False) as flops:
         low_rank(E, 4)
-    # the Gram matrix of the smaller side and one product with it
-    assert flops.get_total_flops() <= 2 * N * K * (10 + 4)
+    # the Gram matrix of the smaller side, one product with it, and at most one with r x r numbers
+    assert flops.get_total_flops() <= 2 * N * K * (10 + 4) + 2 * 4 * 4 * K
 
 
 def test_gives_the_same_bits_twice() -> None:
     E = torch.randn(17, 23)
     for one, two in zip(low_rank(E, 4), low_rank(E, 4)):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(512, 768), (768, 512)])
+def test_fast_is_within_half_a_percent_of_the_optimum(rows: int, columns: int) -> None:
+    E = error_matrix(768, 0)[:rows, :columns]
+    L, R = low_rank(E, 51, fast=True)
+    torch.testing.assert_close(R.T @ R, torch.eye(51), rtol=0, atol=2e-5)
+    best = torch.linalg.svdvals(E.double())[51:].square().sum().item()
+    left = (E.double() - R.double() @ L.double()).square().sum().item()
+    assert left <= 1.005 * best  # 1.001 to 1.003 seen
+    assert not torch.equal(R, low_rank(E, 51)[1])
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_fast_takes_any_magnitude(factor: float) -> None:
+    E = error_matrix(512, 0)
+    one, many = low_rank(E, 20, fast=True), low_rank(E * factor, 20, fast=True)
+    torch.testing.assert_close(many[1] @ (many[0] / factor), one[1] @ one[0], rtol=0, atol=1e-3)
+
+
+def test_fast_gives_zero_factors_for_a_zero_matrix() -> None:
+    L, R = low_rank(torch.zeros(512, 520), 20, fast=True)
+    assert R.isfinite().all()
+    assert not L.any()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimfx.methods.quantized import Quantized, largest_code, quantize, spread
+from slimfx.methods.quantized import Parts, Quantized, as_float, largest_code, quantize, spread
 
 
 def dense(codes: Tensor, scale: Tensor, group: int) -> Tensor:
@@ -76,13 +76,31 @@ def test_a_ragged_last_group_uses_the_last_scale() -> None:
     assert spread(scale, 2, 5).tolist() == [[1.0, 1.0, 2.0, 2.0, 4.0]]
 
 
-def test_a_code_survives_being_quantized_again() -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_code_survives_being_quantized_again(bits: int) -> None:
     scale = torch.tensor([[0.123]], dtype=torch.bfloat16)
-    codes = torch.arange(-7, 8, dtype=torch.int8)[None]
-    again = quantize(Quantized(codes, scale, 15).dense(), scale, group=15, bits=4)
+    top = largest_code(bits)
+    codes = torch.arange(-top, top + 1, dtype=torch.int8)[None]
+    again = quantize(Quantized(codes, scale, 15).dense(), scale, group=15, bits=bits)
     assert torch.equal(again.codes, codes)
 
 
-@pytest.mark.parametrize(("bits", "top"), [(2, 1), (4, 7), (8, 127)])
+@pytest.mark.parametrize(("bits", "top"), [(2, 1), (3, 3), (4, 7), (8, 127)])
 def test_the_largest_code_leaves_the_range_symmetric(bits: int, top: int) -> None:
     assert largest_code(bits) == top
+
+
+def test_as_float_is_the_dense_matrix_of_either_kind() -> None:
+    coded = quantize(torch.randn(3, 8), torch.ones(1, 1), group=8, bits=4)
+    assert torch.equal(as_float(coded), coded.dense())
+    plain = torch.randn(3, 8).to(torch.bfloat16)
+    assert torch.equal(as_float(plain), plain.float())
+    assert as_float(plain).dtype == torch.float32
+
+
+def test_parts_add_up_to_the_weight_and_the_product_of_the_adapter() -> None:
+    weight, L, R = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
+    coded = quantize(L, torch.full((1, 1), 0.25), group=6, bits=4)
+    torch.testing.assert_close(Parts(weight, L, R).dense(), weight + R @ L)
+    torch.testing.assert_close(Parts(weight, coded, R).dense(), weight + R @ coded.dense())
+    assert torch.equal(Parts(weight, None, None).dense(), weight)

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
 
-PARTS = ("abs_sum", "square_sum", "peak")
+PARTS = ("abs_sum", "square_sum", "peak", "value_sum")
 
 
 def reference(x: Tensor) -> dict[str, list[float]]:
-    """The three sums of each column, value by value."""
+    """The sums of each column, value by value."""
     columns = [[v.item() for v in column] for column in x.double().T]
     return {
         "abs_sum": [sum(abs(v) for v in column) for column in columns],
         "square_sum": [sum(v * v for v in column) for column in columns],
         "peak": [max((abs(v) for v in column), default=0.0) for column in columns],
+        "value_sum": [sum(column) for column in columns],
     }
 
 
@@ -27,7 +28,8 @@ def assert_same(stats: Stats, x: Tensor) -> None:
     for part, expected in reference(x).items():
         found = getattr(stats, part)
         assert found.dtype == torch.float64
-        torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=1e-30)
+        atol = 1e-5 if part == "value_sum" else 1e-30  # only there do signs cancel
+        torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=atol)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -68,6 +70,8 @@ def test_of_one_token_mean_rms_and_peak_are_the_token() -> None:
     assert torch.equal(stats.mean_abs, expected)
     assert torch.equal(stats.rms, expected)
     assert torch.equal(stats.peak, expected.double())
+    assert stats.mean.tolist() == [1.5, -2.0, 0.0]
+    assert stats.dead.tolist() == [False, False, True]
 
 
 def test_no_token_at_all_has_mean_and_rms_zero() -> None:
@@ -89,3 +93,42 @@ def test_adding_tokens_leaves_the_earlier_statistics_as_they_were(part: str) -> 
     before = getattr(first, part).clone()
     add_tokens(first, torch.full((5, 2), 9.0))
     assert torch.equal(getattr(first, part), before)
+
+
+def test_the_mean_keeps_its_sign() -> None:
+    stats = add_tokens(empty_stats(2), torch.tensor([[1.0, -4.0], [-3.0, 2.0]]))
+    assert stats.mean.tolist() == [-1.0, -1.0]
+    assert stats.mean_abs.tolist() == [2.0, 3.0]
+
+
+def test_a_channel_is_dead_until_one_token_is_not_zero() -> None:
+    stats = add_tokens(empty_stats(3), torch.tensor([[0.0, 0.0, 1.0]]))
+    assert stats.dead.tolist() == [True, True, False]
+    stats = add_tokens(stats, torch.tensor([[0.0, -1e-30, 0.0]]))
+    assert stats.dead.tolist() == [True, False, False]
+    assert empty_stats(2).dead.all()
+
+
+@pytest.mark.parametrize("covariance", [False, True])
+def test_scaled_statistics_are_those_of_the_scaled_inputs(covariance: bool) -> None:
+    x, c = torch.randn(30, 5), torch.tensor([1.0, -0.5, 3.0, 0.0, 1e-3])
+    found = add_tokens(empty_stats(5, covariance=covariance), x).scaled(c)
+    expected = add_tokens(empty_stats(5, covariance=covariance), x * c)
+    assert found.tokens == 30
+    for part in PARTS:
+        torch.testing.assert_close(
+            getattr(found, part), getattr(expected, part), rtol=1e-5, atol=1e-6
+        )
+    if covariance:
+        torch.testing.assert_close(found.covariance, expected.covariance, rtol=1e-5, atol=1e-6)
+    else:
+        assert found.product_sum is None
+
+
+def test_the_covariance_is_the_mean_of_the_outer_products() -> None:
+    x = torch.randn(40, 6)
+    stats = empty_stats(6, covariance=True)
+    for part in x.split(7):
+        stats = add_tokens(stats, part)
+    expected = sum(torch.outer(row, row) for row in x.double()) / 40
+    torch.testing.assert_close(stats.covariance.double(), expected, rtol=1e-5, atol=1e-6)

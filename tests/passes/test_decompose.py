@@ -11,6 +11,10 @@ from slimfx.passes.decompose import decompose, slimfx_nodes
 from slimfx.runtime.manifest import manifest_of
 from torch.export import ExportedProgram
 
+import slimfx
+from slimfx.recipe import Recipe
+from slimfx.steps import Inputs
+
 
 @cache
 def decomposed(kind: str, recipe: str) -> ExportedProgram:
@@ -18,7 +22,13 @@ def decomposed(kind: str, recipe: str) -> ExportedProgram:
     return decompose(compressed(kind, recipe))
 
 
-CASES = [("llama", "slim"), ("gpt2", "slim-q"), ("tied", "wanda"), ("in out", "int4")]
+CASES = [
+    ("llama", "slim"),
+    ("gpt2", "slim-q"),
+    ("tied", "wanda"),
+    ("in out", "int4"),
+    ("opt", "50%"),
+]
 
 
 @pytest.mark.parametrize(("kind", "recipe"), CASES)
@@ -68,6 +78,20 @@ def test_ranges_inputs_and_signature_survive(kind: str, recipe: str) -> None:
     assert plain.graph_signature.user_inputs == program.graph_signature.user_inputs
     assert plain.call_spec == program.call_spec
     assert set(plain.graph_signature.buffers) == set(program.graph_signature.buffers)
+
+
+def test_fp8_becomes_casts_to_it_and_back_and_one_choice_for_each_input() -> None:
+    recipe = Recipe(adapter=None, inputs=Inputs("fp8"))
+    program = slimfx.compress(captured("llama"), recipe, case("llama").batches)
+    plain = decompose(program)
+    fp8 = torch.ops.slimfx.quantize_fp8.default
+    inputs = 2 * 4  # for q, k, v; for o; for gate and up; for down
+    assert count(program, fp8) == inputs and slimfx_nodes(program) == inputs + 14
+    assert slimfx_nodes(plain) == 0
+    assert count(plain, aten.where.self) == count(program, aten.where.self) + inputs
+    assert count(plain, aten.linear.default) == count(program, aten.linear.default) + 14
+    found, expected = (each.module()(**case("llama").inputs) for each in (plain, program))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_given_program_is_unchanged() -> None:

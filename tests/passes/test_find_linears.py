@@ -86,7 +86,7 @@ def check_product(product: Callable[..., Tensor], *, transposed: bool) -> None:
 
 def stored(state: dict[str, Tensor], name: str) -> Tensor:
     part = {p: state[f"{name}.slim_{p}"] for p in ("values", "indices", "scale", "L", "R")}
-    codes = unpack_24(part["values"], part["indices"]).float()
+    codes = unpack_24(part["values"], part["indices"], 4, part["L"].shape[1]).float()
     return codes * part["scale"].float() + part["R"].float() @ part["L"].float()
 
 
@@ -241,6 +241,54 @@ def test_names_are_unique_and_every_use_multiplies_with_its_weight(kind: str) ->
             assert use.node.meta["val"].shape[-1] == site.out_features
             assert use.x.meta["val"].shape[-1] == site.in_features
             assert use.x in use.node.args
+
+
+def test_the_bias_of_a_layer_is_the_parameter_that_it_alone_adds() -> None:
+    assert [site.bias for site in sites("mlp")] == ["first.bias", "second.bias"]
+    assert [site.bias for site in sites("out in")] == [None, "bias"]
+    assert {site.bias for site in sites("llama")} == {None}
+    for site in sites("opt"):
+        if site.name != "model.lm_head":
+            assert site.bias == f"{site.name}.bias"
+    state = captured("gpt2").state_dict
+    for site in sites("gpt2")[:-1]:
+        assert site.bias == f"{site.name}.bias"
+        assert state[site.bias].shape == (site.out_features,)
+
+
+def test_layers_that_are_called_twice_have_a_bias_of_their_own() -> None:
+    biases = {site.name: site.bias for site in sites("albert")}
+    assert biases == {name: f"{name}.bias" for name in biases}
+
+
+NO_BIAS = {
+    "none": lambda x, w, b: linear(x, w),
+    "added later": lambda x, w, b: linear(x, w) + b,
+    "computed": lambda x, w, b: linear(x, w, b * 2),
+    "computed by addmm": lambda x, w, b: torch.addmm(b.exp(), x, w.t()),
+    "read elsewhere too": lambda x, w, b: linear(x, w, b) * b,
+    "an output too": lambda x, w, b: (linear(x, w, b), b),
+    "added with a factor": lambda x, w, b: linear(x, w, b) + linear(x, w),
+    "for each token": lambda x, w, b: torch.addmm(x[:, :8], x, w.t()),
+}
+
+
+@pytest.mark.parametrize("form", NO_BIAS)
+def test_a_bias_that_is_shared_computed_or_no_parameter_is_not_the_layers_own(form: str) -> None:
+    program = torch.export.export(Product(NO_BIAS[form], 8, 16), (normal(3, 5, 16),))
+    found = find_linears(program)
+    assert found and [site.bias for site in found] == [None] * len(found)
+
+
+def test_a_bias_that_two_layers_share_belongs_to_neither() -> None:
+    model = Chain(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8))
+    model.layers[1].bias = model.layers[0].bias
+    found = find_linears(slimfx.capture(model, (normal(1, 4, 16),)))
+    assert [site.bias for site in found] == [None, None, "layers.2.bias"]
+
+
+def test_a_tied_weight_with_two_biases_has_none_of_its_own() -> None:
+    assert [site.bias for site in sites("tied")] == [None, "c.bias"]
 
 
 def test_shared_layers_are_one_site_with_a_use_for_each_call() -> None:

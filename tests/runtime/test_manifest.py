@@ -30,7 +30,7 @@ LAYER = LayerReport(
 FULL = Manifest(
     form="aten",
     recipe={"prune": {"method": "wanda", "n": 2, "m": 4}, "adapter": None},
-    layers=(LAYER, dataclasses.replace(LAYER, name="lm_head", rank=0)),
+    layers=(LAYER, dataclasses.replace(LAYER, name="lm_head", rank=0, notes=("a rule", "another"))),
     skipped={"embed": "skipped by the recipe"},
     calibration={"batches": 2, "sha256": "ab" * 32},
     versions={"slimfx": "0.1.0", "torch": "2.13.0"},
@@ -53,13 +53,14 @@ def test_what_is_written_is_read(manifest: Manifest) -> None:
     name=st.text(),
     reason=st.text(),
     snr=st.floats(allow_nan=False),
+    notes=st.lists(st.text(), max_size=3),
     eos=st.none() | st.integers(0, 1 << 40),
 )
 @settings(max_examples=50, deadline=None)
 def test_any_names_reasons_and_numbers_are_read_back(
-    name: str, reason: str, snr: float, eos: int | None
+    name: str, reason: str, snr: float, notes: list[str], eos: int | None
 ) -> None:
-    layer = dataclasses.replace(LAYER, name=name, snr=snr)
+    layer = dataclasses.replace(LAYER, name=name, snr=snr, notes=tuple(notes))
     manifest = Manifest(layers=(layer,), skipped={name: reason}, eos_token=eos)
     assert Manifest.from_json(manifest.to_json(), None) == manifest
 
@@ -89,6 +90,14 @@ def test_keys_that_a_newer_minor_format_adds_to_a_layer_are_left_out() -> None:
     rows = [{**row, "kernel": "triton"} for row in json.loads(FULL.to_json())["layers"]]
     text = text_with(format=[FORMAT[0], FORMAT[1] + 1], layers=rows)
     assert Manifest.from_json(text, FULL.tokenizer) == FULL
+
+
+def test_a_layer_that_an_older_slimfx_wrote_has_no_notes() -> None:
+    rows = json.loads(FULL.to_json())["layers"]
+    for row in rows:
+        del row["notes"]
+    layers = Manifest.from_json(text_with(layers=rows), None).layers
+    assert [layer.notes for layer in layers] == [(), ()]
 
 
 @pytest.mark.parametrize("major", [FORMAT[0] + 1, FORMAT[0] - 1, 99, -1])
@@ -143,6 +152,9 @@ WRONG_TYPES: dict[str, dict[str, Any]] = {
     "end token a string": {"eos_token": "</s>"},
     "a layer's name a number": {"layers": [{**dataclasses.asdict(LAYER), "name": 5}]},
     "a layer's size a string": {"layers": [{**dataclasses.asdict(LAYER), "bytes": "5"}]},
+    "a layer's notes a string": {"layers": [{**dataclasses.asdict(LAYER), "notes": "abc"}]},
+    "a layer's notes null": {"layers": [{**dataclasses.asdict(LAYER), "notes": None}]},
+    "a layer's note a number": {"layers": [{**dataclasses.asdict(LAYER), "notes": ["a", 3]}]},
     "a layer's ratio null": {"layers": [{**dataclasses.asdict(LAYER), "snr": None}]},
 }
 
