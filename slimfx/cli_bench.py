@@ -62,7 +62,7 @@ def methods(
     for name in chosen:
         slimfx.Recipe.preset(name)
     if plot is not None:
-        need("matplotlib")
+        need("matplotlib")  # before the work, not after it
     program = slimfx.load(model) if model.endswith(".pt2") else slimfx.capture(model)
     with show.line("bench") as tell:
         rows = list(
@@ -103,7 +103,16 @@ def methods_table(rows: list[bench_methods.Row]) -> Table:
     """The rows, one line each."""
     table = Table()
     table.add_column("method", no_wrap=True)
-    for name in ("sparse", "values", rows[0].metric, "bits a weight", "memory", "FLOPs", "seconds"):
+    for name in (
+        "sparse",
+        "values",
+        rows[0].metric,
+        "bits a weight",
+        "memory",
+        "FLOPs",
+        "seconds",
+        "CPU s",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -115,6 +124,7 @@ def methods_table(rows: list[bench_methods.Row]) -> Table:
             f"{row.memory:.2f}x",
             f"{row.flops:.2f}x",
             f"{row.seconds:.1f}" if row.seconds else "",
+            f"{row.cpu_seconds:.1f}" if row.seconds else "",
         )
     return table
 

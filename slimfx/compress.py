@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from slimfx import calibrate, data
+from slimfx.calibrate import Walk
 from slimfx.mask_file import check_names, mask_for, read_masks
 from slimfx.methods.masks import keep
 from slimfx.methods.quantized import Quantized
-from slimfx.passes.cut_blocks import cut_blocks
+from slimfx.methods.stats import Stats
+from slimfx.passes.cut_blocks import Block, cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.observe_inputs import observe_inputs
 from slimfx.passes.replace_linears import replace_linears
@@ -33,8 +36,9 @@ from slimfx.runtime.pack import (
     pack_bitmask,
     pack_codes,
 )
-from slimfx.solve import Solution, solve
+from slimfx.solve import Solution, learnable, learned_solution, solve
 from slimfx.steps import LayerRecipe
+from slimfx.tune import tune
 
 Progress = Callable[[float, str], None]
 """Called with the share of the work that is done and the name of what is next."""
@@ -63,18 +67,32 @@ def compress(
     planned = {row.name: row for row in plan(program, recipe).rows}
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}
     sites = [site for site in find_linears(program) if site.name not in skipped]
+    layers = {site.name: _layer(recipe, site) for site in sites}
+    job = _Job(program, recipe, sites, layers, _masks(sites, layers))
     batches = data.batches(program, calibration, recipe.calibration)
     tell = progress or (lambda share, what: None)
 
     packed: dict[str, PackedLinear] = {}
     reports: list[LayerReport] = []
     with torch.random.fork_rng():  # a program exported in training mode may draw
-        for site, solution, tokens in _solutions(program, recipe, sites, batches, tell):
-            how = _layer(recipe, site)
-            packed[site.name] = pack(solution, how, _bias(program, site))
+        walk = calibrate.start(program, batches)
+        for site, solution, tokens in _solutions(job, walk, tell):
+            packed[site.name] = pack(solution, layers[site.name], _bias(program, site))
             reports.append(_report(planned[site.name], solution, tokens))
     compressed = replace_linears(program, sites, packed)
     return attach(compressed, _manifest(program, recipe, batches, reports, skipped))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done to which layers."""
+
+    program: ExportedProgram
+    recipe: Recipe
+    sites: list[Site]
+    layers: dict[str, LayerRecipe]
+    masks: dict[str, Tensor]
+    """Of the layers whose recipe takes them from a file."""
 
 
 def _layer(recipe: Recipe, site: Site) -> LayerRecipe:
@@ -83,36 +101,68 @@ def _layer(recipe: Recipe, site: Site) -> LayerRecipe:
     return how
 
 
-def _solutions(
-    program: ExportedProgram, recipe: Recipe, sites: list[Site], batches: list[Any], tell: Progress
-) -> Iterator[tuple[Site, Solution, int]]:
+def _solutions(job: _Job, walk: Walk, tell: Progress) -> Iterator[tuple[Site, Solution, int]]:
     """Each site with its solution and its calibration tokens, block by block."""
-    recipes = {site.name: _layer(recipe, site) for site in sites}
-    masks = _masks(sites, recipes)
-    full = frozenset(name for name, how in recipes.items() if how.needs_covariance)
-    blocks = cut_blocks(program, sites)
+    program, layers = job.program, job.layers
+    full = frozenset(name for name, how in layers.items() if how.needs_covariance)
+    blocks = cut_blocks(program, job.sites)
     last = max(i for i, block in enumerate(blocks) if block.sites)
-    sizes = {site.name: site.out_features * site.in_features for site in sites}
+    sizes = {site.name: site.out_features * site.in_features for site in job.sites}
     total, done = sum(sizes.values()), 0
-    walk = calibrate.start(program, batches)
     for block in blocks[: last + 1]:
         tell(done / total, block.name or "model")
         watched = observe_inputs(program, block.sites, set(block.nodes))
         stats = calibrate.observe(walk, block, watched, full) if watched else {}
-        weights: dict[str, Tensor] = {}
+        solved: dict[str, Solution] = {}
         for site in block.sites:
-            weight, how = _weight(program, site), recipes[site.name]
-            solution = solve(
-                *(site.name, weight, stats[site.name], how),
-                mask=masks.get(site.name),
-                has_bias=site.bias is not None,
+            solved[site.name] = solve(
+                *(site.name, _weight(program, site), stats[site.name], layers[site.name]),
+                mask=job.masks.get(site.name),
+                has_bias=_bias(program, site) is not None,
             )
-            weights |= _as_stored(program, site, solution)
-            yield site, solution, stats[site.name].tokens
             done += sizes[site.name]
             tell(done / total, site.name)
+        if job.recipe.tune is not None and block.sites:
+            tell(done / total, f"tune {block.name}")
+            solved = _tuned(job, walk, block, stats, solved)
+        weights: dict[str, Tensor] = {}
+        for site in block.sites:
+            weights |= _as_stored(program, site, solved[site.name])
+            yield site, solved[site.name], stats[site.name].tokens
         if block is not blocks[last]:
             walk = calibrate.advance(walk, block, weights)
+
+
+def _tuned(
+    job: _Job, walk: Walk, block: Block, stats: dict[str, Stats], solved: dict[str, Solution]
+) -> dict[str, Solution]:
+    """The solutions of a block after gradient descent on what the block answers."""
+    how = job.recipe.tune
+    assert how is not None
+    sites = {site.fqn: site for site in block.sites}
+    whole: dict[str, Tensor] = {}  # all parameters as compressed, biases among them
+    for site in block.sites:
+        whole |= _as_stored(job.program, site, solved[site.name])
+    learnables = {
+        fqn: learnable(_weight(job.program, site), solved[site.name], job.layers[site.name])
+        for fqn, site in sites.items()
+    }
+    learned = tune(
+        *(walk, block, learnables),
+        lambda fqn, dense: _in_form_of(sites[fqn], dense),
+        fixed=whole,
+        epochs=how.epochs,
+        rate=how.rate,
+        seed=job.recipe.calibration.seed,
+    )
+    return {
+        site.name: learned_solution(
+            *(site.name, _weight(job.program, site), stats[site.name], job.layers[site.name]),
+            solved[site.name],
+            learnables[fqn].finish(learned[fqn]),
+        )
+        for fqn, site in sites.items()
+    }
 
 
 def _masks(sites: list[Site], recipes: dict[str, LayerRecipe]) -> dict[str, Tensor]:
@@ -177,18 +227,26 @@ def _weight(program: ExportedProgram, site: Site) -> Tensor:
 
 
 def _bias(program: ExportedProgram, site: Site) -> Tensor | None:
-    return None if site.bias is None else program.state_dict[site.bias].detach()
+    """The layer's own bias, if it is one value for each output."""
+    if site.bias is None or program.state_dict[site.bias].shape != (site.out_features,):
+        return None
+    return program.state_dict[site.bias].detach()
 
 
 def _as_stored(program: ExportedProgram, site: Site, solution: Solution) -> dict[str, Tensor]:
     """The layer's parameters as the compressed layer has them, for the blocks behind it."""
-    dense = solution.dense().to(site.dtype)
-    found = {site.fqn: dense.T if site.transposed else dense}
+    found = {site.fqn: _in_form_of(site, solution.dense())}
     bias = _bias(program, site)
     if bias is not None and solution.bias_shift is not None:
         assert site.bias is not None
         found[site.bias] = (bias.float() + solution.bias_shift).to(bias.dtype)
     return found
+
+
+def _in_form_of(site: Site, dense: Tensor) -> Tensor:
+    """A weight [N, K] as the program holds it."""
+    stored = dense.to(site.dtype)
+    return stored.T if site.transposed else stored
 
 
 def _report(row: PlanRow, solution: Solution, tokens: int) -> LayerReport:

@@ -32,7 +32,13 @@ class ArtifactError(SlimError):
     """A file is missing, damaged, unsafe or of another format version."""
 
 
-_EXTRAS = {"transformers": "hf", "tokenizers": "hf", "datasets": "hf", "lm_eval": "eval"}
+_EXTRAS = {
+    "transformers": "hf",
+    "tokenizers": "hf",
+    "datasets": "hf",
+    "lm_eval": "eval",
+    "matplotlib": "plots",
+}
 
 
 def need(module: str) -> ModuleType:
@@ -40,7 +46,7 @@ def need(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as missing:
-        extra = _EXTRAS[module]
+        extra = _EXTRAS[module.partition(".")[0]]
         raise SlimError(
             f"{module} is not installed; run: pip install 'slimfx[{extra}]'"
         ) from missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise RecipeError(f"{where}: {value!r} is not a list")
         item = typing.get_args(kind)[0]
         return tuple(_convert(v, item, f"{where}[{i}]") for i, v in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RecipeError(f"{where}: {value!r} is not of type {kind.__name__}")

@@ -67,6 +67,7 @@ class Recipe:
     transform: Transform | None = None
     inputs: Inputs | None = None
     tune: Tune | None = None
+    """For whole blocks, so that no override changes it."""
     calibration: Calibration = field(default_factory=Calibration)
     skip: tuple[str, ...] = ("lm_head",)
     """Patterns of layers to leave as they are (see `matches`)."""
@@ -92,7 +93,7 @@ class Recipe:
         return layer
 
     def _layer(self) -> LayerRecipe:
-        return LayerRecipe(**{key: getattr(self, key) for key in _STEPS})
+        return LayerRecipe(**{key: getattr(self, key) for key in _STEPS}, tune=self.tune)
 
     @staticmethod
     def _apply(layer: LayerRecipe, override: Override) -> LayerRecipe:
@@ -103,7 +104,7 @@ class Recipe:
             key: changed(getattr(layer, key), getattr(override, key), step, f"{where}.{key}")
             for key, step in _STEPS.items()
         }
-        return LayerRecipe(**steps)  # type: ignore[arg-type]
+        return LayerRecipe(**steps, tune=layer.tune)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every key present, the canonical form."""

@@ -12,13 +12,17 @@ from torch import Tensor
 from slimfx.errors import SolveError
 from slimfx.methods import COMPENSATORS, PRUNERS, QUANTIZERS
 from slimfx.methods.absmax import absmax
+from slimfx.methods.affinequant import learned_transform
 from slimfx.methods.alternate import alternate
 from slimfx.methods.awq import awq
 from slimfx.methods.bias import mean_error
+from slimfx.methods.block_match import learned_adapter
 from slimfx.methods.covariance import damped
 from slimfx.methods.joint import joint
+from slimfx.methods.learnable import Learnable
 from slimfx.methods.lplr import lplr
 from slimfx.methods.masks import NofM, keep
+from slimfx.methods.omniquant import learned_clipping
 from slimfx.methods.quantized import Parts, Quantized, as_float, largest_code, quantize, spread
 from slimfx.methods.salient_channels import salient_channels
 from slimfx.methods.second_order import second_order
@@ -91,7 +95,7 @@ def solve(
         stats = stats.centred()
     unit = _power_of_two(W.abs().max().item())
     try:
-        c = _input_scale(W / unit, stats, recipe)
+        c = _input_scale(W / unit, stats, recipe, mask)
         if c is not None:
             W, stats = W / c, stats.scaled(c)
         parts = _SOLVERS[recipe.solve.method](W / unit, stats, recipe, mask)
@@ -100,6 +104,51 @@ def solve(
     parts = Parts(_scaled(parts.weight, unit), _scaled(parts.L, unit), parts.R)
     shift = mean_error(W, parts.dense(), stats) if shifts else None
     return _measured(name, W, stats, recipe, parts, c, shift, notes)
+
+
+def learnable(weight: Tensor, solution: Solution, recipe: LayerRecipe) -> Learnable:
+    """What tuning may change of a solution for the weight [N, K], by the recipe's tune step."""
+    assert recipe.tune is not None
+    c = torch.ones(weight.shape[1]) if solution.input_scale is None else solution.input_scale
+    c = c.float().to(weight.device)
+    if recipe.tune.method == "match":
+        store = partial(_store, how=recipe.adapter)  # type: ignore[arg-type]
+        return _behind(learned_adapter(solution.parts, store=store), c, solution.input_scale)
+    W, how = weight.detach().float(), recipe.quantize
+    assert how is not None and isinstance(solution.weight, Quantized)
+    options = {"bits": how.bits, "granularity": how.granularity, "group": how.group}
+    mask = keep((solution.weight.codes != 0).float(), recipe.pattern) if recipe.pattern else None
+    if recipe.tune.method == "affine":
+        return learned_transform(W, mask, c, **options)
+    return _behind(learned_clipping(W / c, mask, **options), c, solution.input_scale)
+
+
+def _behind(learned: Learnable, c: Tensor, input_scale: Tensor | None) -> Learnable:
+    """A learnable of W / c as one of W, for the input before its scale."""
+    return Learnable(
+        values=learned.values,
+        weight=lambda values: learned.weight(values) * c,
+        finish=lambda values: (learned.finish(values)[0], input_scale),
+    )
+
+
+def learned_solution(
+    name: str,
+    weight: Tensor,
+    stats: Stats,
+    recipe: LayerRecipe,
+    before: Solution,
+    learned: tuple[Parts, Tensor | None],
+) -> Solution:
+    """The solution after tuning: its new parts, measured as `solve` measures them.
+
+    Raises:
+        SolveError: they are not finite.
+    """
+    W, (parts, c) = weight.detach().float(), learned
+    if c is not None:
+        W, stats = W / c.float(), stats.scaled(c.float())
+    return _measured(name, W, stats, recipe, parts, c, before.bias_shift, before.notes)
 
 
 def _measured(
@@ -163,12 +212,15 @@ def _scaled(part: Stored | None, unit: float) -> Stored | None:
     return None if part is None else part * unit
 
 
-def _input_scale(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Tensor | None:
+def _input_scale(
+    W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None
+) -> Tensor | None:
     how = recipe.transform
     if how is None:
         return None
     if how.method == "awq":
-        mask = _mask(W, stats, recipe)  # as for c = 1, which Wanda's score does not depend on
+        if mask is None:
+            mask = _mask(W, stats, recipe)  # as for c = 1, which Wanda's score does not depend on
         return awq(W, stats, quantize=lambda w: as_float(_coded(w, stats, recipe, mask)))
     if how.method == "smoothquant":
         return smoothquant(W, stats, alpha=how.alpha)
@@ -178,7 +230,9 @@ def _input_scale(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Tensor | None:
 def _mask(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Tensor | None:
     if recipe.prune is None:
         return None
-    return keep(PRUNERS[recipe.prune.method](W, stats), recipe.pattern)
+    # SparseGPT chooses as it goes; what it will keep is only guessed here, for AWQ's search.
+    method = "wanda" if recipe.prune.method == "sparsegpt" else recipe.prune.method
+    return keep(PRUNERS[method](W, stats), recipe.pattern)
 
 
 def _coded(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Stored:

@@ -141,7 +141,8 @@ class Solve:
     @property
     def second_order(self) -> bool:
         """Does the weight take up its own errors, column by column?"""
-        return "second-order" in (self.method, self.weight) or self.method == "joint"
+        weight = self.weight if self.method == "alternate" else self.method
+        return weight in ("second-order", "joint")
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,12 @@ class Tune:
     """Gradient descent on the output of one block at a time, after its layers are solved."""
 
     method: str = "match"
-    """ "match": the adapters. "clipping": the scales (OmniQuant). "affine": scales and a scale for
-    each input (AffineQuant)."""
-    epochs: int = 10
+    """ "match": the adapters, and the scales of the codes. "clipping": how far below absmax the
+    scales lie (OmniQuant). "affine": that and a scale for each input (AffineQuant)."""
+    epochs: int = 4
     """Passes over the calibration batches."""
-    rate: float = 1e-3
-    """Learning rate of Adam."""
+    rate: float = 1e-2
+    """Learning rate of Adam, at the start."""
 
     def __post_init__(self) -> None:
         one_of("tune.method", self.method, ("match", "clipping", "affine"))
@@ -220,6 +221,7 @@ class LayerRecipe:
     solve: Solve = field(default_factory=Solve)
     transform: Transform | None = None
     inputs: Inputs | None = None
+    tune: Tune | None = None
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -232,7 +234,8 @@ class LayerRecipe:
         if prune is not None and (prune.method == "sparsegpt") != solve.second_order:
             yield (
                 f"prune.method: {prune.method} does not go with solve.method {solve.method}; "
-                f"sparsegpt needs second-order or joint, the others one-shot"
+                f"sparsegpt needs second-order, joint, or alternate with weight: second-order, "
+                f"the others one-shot or alternate"
             )
         if solve.method == "joint" and self.adapter and not self.adapter.full:
             yield (
@@ -241,6 +244,13 @@ class LayerRecipe:
             )
         if solve.method == "alternate" and self.adapter is None:
             yield "adapter: null does not go with solve.method alternate; set method: one-shot"
+        if self.tune is not None and self.tune.method != "match":
+            absmax = self.quantize is not None and self.quantize.method == "absmax"
+            if not absmax or self.adapter is not None or self.solve.method != "one-shot":
+                yield (
+                    f"tune.method: {self.tune.method} learns absmax scales alone; set quantize: "
+                    f"{{method: absmax}}, adapter: null and solve: {{method: one-shot}}"
+                )
         if self.transform is not None and self.transform.method == "awq" and not self.quantize:
             yield "quantize: null does not go with transform awq, which fits it; leave one out"
 
@@ -252,7 +262,8 @@ class LayerRecipe:
     @property
     def scales_inputs(self) -> bool:
         """Is the layer's input multiplied by a scale for each channel?"""
-        return self.transform is not None
+        learned = self.tune is not None and self.tune.method == "affine"
+        return learned or self.transform is not None
 
     @property
     def needs_covariance(self) -> bool:

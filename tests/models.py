@@ -371,7 +371,7 @@ def emulate(each: Case, program: ExportedProgram, recipe: Recipe) -> tuple[nn.Mo
         if W is not None:
             parameter.data = W.T.contiguous() if turned else W
             replaced.append(name)
-        if name.endswith("bias"):
+        if name.endswith("bias") and each.root + name in program.state_dict:
             parameter.data = program.state_dict[each.root + name].detach()
     return model, replaced
 

@@ -13,12 +13,20 @@ PACKAGES = {"slimfx": "slimfx", "passes": "slimfx.passes", "runtime": "slimfx.ru
 SOURCES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
+RECIPES = ("slimfx.recipe", "slimfx.steps", "slimfx.parse", "slimfx.plan")
 FORBIDDEN = {
-    "slimfx/methods": ("torch.fx", "torch.export", "slimfx.passes", "slimfx.runtime"),
-    "passes": ("slimfx.methods", "slimfx.recipe", "slimfx.compress"),
-    "runtime": ("slimfx.methods", "slimfx.recipe", "slimfx.compress"),
+    "slimfx/methods": (
+        *("torch.fx", "torch.export", "slimfx.passes", "slimfx.runtime", *RECIPES),
+        *("slimfx.compress", "slimfx.solve", "slimfx.calibrate"),
+    ),
+    "passes": ("slimfx.methods", *RECIPES, "slimfx.compress", "slimfx.solve"),
+    "runtime": ("slimfx.methods", *RECIPES, "slimfx.compress", "slimfx.solve"),
 }
-OPTIONAL = ("transformers", "tokenizers", "datasets", "triton", "onnx", "executorch")
+OPTIONAL = (
+    *("transformers", "tokenizers", "datasets", "triton", "onnx", "executorch"),
+    *("matplotlib", "lm_eval"),
+)
+TERMINAL = {"cli.py", "cli_bench.py", "show.py"}
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.jit")
 
 
@@ -98,12 +106,14 @@ def test_maths_graph_and_files_keep_to_their_layer(folder: str) -> None:
 
 
 def test_only_the_command_line_knows_the_terminal() -> None:
+    known = ("typer", "rich", "slimfx.cli", "slimfx.cli_bench", "slimfx.show")
+    assert {path.name for path in SOURCES} >= TERMINAL
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in SOURCES
-        if path.name != "cli.py"
+        if path.name not in TERMINAL
         for name in imported(parsed(path))
-        if is_within(name, "typer") or is_within(name, "rich") or is_within(name, "slimfx.cli")
+        if any(is_within(name, package) for package in known)
     ]
     assert wrong == []
 

@@ -28,7 +28,11 @@ def fresh() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "heavy", ["transformers", "tokenizers", "datasets", "triton", "typer", "rich"]
+    "heavy",
+    [
+        *("transformers", "tokenizers", "datasets", "triton", "typer", "rich"),
+        *("matplotlib", "lm_eval", "onnx", "executorch"),
+    ],
 )
 def test_importing_slimfx_does_not_import(fresh: dict[str, Any], heavy: str) -> None:
     assert "slimfx" in fresh["modules"]

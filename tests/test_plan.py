@@ -13,6 +13,7 @@ import yaml
 from models import (
     KINDS,
     RECIPES,
+    SOLVED,
     Chain,
     bits,
     captured,
@@ -28,12 +29,13 @@ from torch.export import ExportedProgram
 
 import slimfx
 from slimfx.errors import PlanError
-from slimfx.plan import Plan, PlanRow
-from slimfx.recipe import PRESETS, Adapter, Override, Prune, Quantize, Recipe
+from slimfx.plan import Plan, PlanRow, adapter_layout, layout_of, scale_count
+from slimfx.recipe import Recipe
+from slimfx.steps import Adapter, Inputs, LayerRecipe, Override, Prune, Quantize, Solve, Transform
 
 
 class Wide(nn.Module):
-    """Layers that every preset takes as they are: inputs in multiples of 128."""
+    """Layers of three shapes; the inputs are multiples of 128, the usual group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +58,16 @@ MORE = {
     "3:4": Recipe(prune=Prune(n=3, m=4), adapter=Adapter(bits=32, rank=2)),
     "ragged adapter": Recipe(adapter=Adapter(bits=4, rank=5, group=48)),
     "1:2": Recipe(prune=Prune("magnitude", n=1, m=2), adapter=None),
+    "ragged groups": Recipe(
+        quantize=Quantize("absmax", bits=3, granularity="group", group=100), adapter=None
+    ),
+    "half of each row": Recipe(prune=Prune(sparsity=0.5), adapter=Adapter(sparse=True)),
+    "a third of the layer": Recipe(
+        prune=Prune(sparsity=1 / 3, scope="layer"),
+        quantize=None,
+        transform=Transform("smoothquant"),
+    ),
+    "floats": Recipe(quantize=None, adapter=Adapter(bits=4, sparse=True, group=48)),
     "overrides": Recipe(
         skip=("narrow",),
         overrides=(Override("down", prune=None, adapter=None), Override("up", adapter={"rank": 7})),
@@ -96,7 +108,7 @@ def check_bytes(program: ExportedProgram, small: ExportedProgram, planned: Plan)
     assert planned.file_bytes > planned.bytes_after
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *MORE])
+@pytest.mark.parametrize("name", [*SOLVED, *MORE])
 def test_bytes_are_those_of_the_compressed_program_for_every_recipe(
     name: str, wide: ExportedProgram
 ) -> None:
@@ -115,7 +127,7 @@ def test_bytes_are_those_of_the_compressed_program_for_every_model(kind: str, re
 def test_each_linear_has_a_row_with_its_figures(wide: ExportedProgram) -> None:
     recipe = dataclasses.replace(Recipe.preset("slim-q"), skip=("narrow",))
     up, down, narrow = slimfx.plan(wide, recipe).rows
-    method = "slim-quant + wanda 2:4 + slim-lora 4 bit"
+    method = "slim-quant 4 bit + wanda 2:4 + slim-lora 4 bit"
     codes = 384 * 128 // 4 + 384 * 128 // 8 + 2
     adapter = 12 * 128 // 2 + 2 * 12 + 384 * 12 // 2 + 2 * 384
     assert up == PlanRow(
@@ -138,13 +150,75 @@ def test_the_rows_are_in_the_order_of_use_and_name_each_weight_once(kind: str) -
 
 def test_the_method_says_what_each_step_is(wide: ExportedProgram) -> None:
     expected = {
-        "magnitude": "absmax + magnitude 2:4",
-        "wanda": "absmax + wanda 2:4",
-        "naive-lora": "slim-quant + wanda 2:4 + naive 16 bit",
-        "slim": "slim-quant + wanda 2:4 + slim-lora 16 bit",
-        "slim-q": "slim-quant + wanda 2:4 + slim-lora 4 bit",
+        "magnitude": "absmax 4 bit + magnitude 2:4",
+        "wanda": "absmax 4 bit + wanda 2:4",
+        "sparsegpt": "second-order: absmax 4 bit + sparsegpt 2:4",
+        "naive-lora": "slim-quant 4 bit + wanda 2:4 + naive 16 bit",
+        "slim": "slim-quant 4 bit + wanda 2:4 + slim-lora 16 bit",
+        "slim-q": "slim-quant 4 bit + wanda 2:4 + slim-lora 4 bit",
+        "slim-o": "slim-quant-o + slim-quant 4 bit + wanda 2:4 + slim-lora 16 bit",
+        "smoothquant": "smoothquant + absmax 4 bit + fp8 inputs",
+        "oats": "alternate: wanda 50% + qera 16 bit",
+        "joint": "joint: slim-quant 4 bit + sparsegpt 2:4 + full 16 bit",
     }
     assert {name: slimfx.plan(wide, name).rows[0].method for name in expected} == expected
+
+
+INT4, INT2 = Quantize(), Quantize(bits=2)
+
+
+@pytest.mark.parametrize(
+    ("prune", "quantize", "name"),
+    [
+        (None, INT4, "int4"),
+        (None, Quantize(bits=3), "int3"),
+        (Prune(), INT2, "2:4 int2"),
+        (Prune(n=1, m=3), INT4, "2:4 int4"),
+        (Prune(n=2, m=8), None, "2:4 bf16"),
+        (Prune(n=4, m=8), INT4, "bitmask int4"),
+        (Prune(n=3, m=4), INT4, "int4"),  # 1 + 3 bits a weight are no less than 4
+        (Prune(n=3, m=4), Quantize(bits=8), "bitmask int8"),
+        (Prune(n=3, m=4), None, "bitmask bf16"),
+        (Prune(sparsity=0.5), INT4, "bitmask int4"),
+        (Prune(sparsity=0.5), INT2, "int2"),
+        (Prune(sparsity=0.6), INT2, "bitmask int2"),
+        (Prune(sparsity=0.25), INT4, "int4"),
+        (Prune(sparsity=0.01, scope="layer"), None, "bitmask bf16"),
+    ],
+)
+def test_the_layout_is_the_one_that_the_pattern_allows_and_that_is_smaller(
+    prune: Prune | None, quantize: Quantize | None, name: str
+) -> None:
+    assert layout_of(LayerRecipe(prune, quantize, None)).name == name
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name"),
+    [
+        (Adapter(sparse=True), "2:4 bf16"),
+        (Adapter(sparse=True, bits=4), "2:4 int4"),
+        (Adapter(bits=4), "int4"),
+        (Adapter(), "bf16"),
+    ],
+)
+def test_only_a_sparse_adapter_is_stored_as_24(adapter: Adapter, name: str) -> None:
+    assert adapter_layout(adapter).name == name
+
+
+def test_the_scales_of_a_layer_are_counted_with_a_ragged_last_group() -> None:
+    def count(granularity: str, group: int) -> int:
+        return scale_count(6, 130, Quantize("absmax", granularity=granularity, group=group))
+
+    assert [count("tensor", 7), count("channel", 7)] == [1, 6]
+    assert [count("group", group) for group in (1, 65, 128, 130, 999)] == [780, 12, 12, 6, 6]
+
+
+def test_what_costs_nothing_in_the_layer_changes_no_byte(wide: ExportedProgram) -> None:
+    plain = slimfx.plan(wide, Recipe())
+    for change in ({"inputs": Inputs()}, {"solve": Solve(correct_bias=True)}):
+        assert slimfx.plan(wide, Recipe(**change)).bytes_after == plain.bytes_after
+    scaled = slimfx.plan(wide, Recipe(transform=Transform("smoothquant")))
+    assert scaled.bytes_after - plain.bytes_after == 2 * (128 + 384 + 128)
 
 
 def test_memory_holds_at_least_the_program_before_and_after(wide: ExportedProgram) -> None:
@@ -208,15 +282,14 @@ def awkward() -> ExportedProgram:
     return slimfx.capture(Awkward(), (torch.arange(6),))
 
 
-BAD = Recipe(
-    quantize=Quantize("absmax", granularity="group", group=16), adapter=Adapter(rank=12), skip=()
-)
+BAD = Recipe(prune=Prune(n=2, m=4), adapter=Adapter(rank=12, sparse=True), skip=(), overrides=())
+SPARSE = Override("ragged", prune={"sparsity": 0.9999}, adapter={"rank": 0.1})
 
 
 @pytest.fixture(scope="module")
 def complaint(awkward: ExportedProgram) -> str:
     with pytest.raises(PlanError) as caught:
-        slimfx.plan(awkward, BAD)
+        slimfx.plan(awkward, dataclasses.replace(BAD, overrides=(SPARSE,)))
     return str(caught.value)
 
 
@@ -233,8 +306,8 @@ def test_every_problem_is_listed_at_once_with_its_layer_and_numbers(complaint: s
         lines,
         [
             ("in_features 30", "multiple of 4", "prune: null", "skip"),
-            ("in_features 30", "group 16", "quantize: {group: 15}"),
-            ("in_features 40", "group 16", "quantize: {group: 10}"),
+            ("in_features 30", "multiple of 4", "sparse adapter", "adapter: {sparse: false}"),
+            ("sparsity 0.9999", "none of its 48 x 40 weights", "prune: null", "skip"),
             ("rank 12", "[8, 48]", "(8)", "adapter: {rank: 0.1}"),
             ("table.weight", "aten.embedding.default", "tied", "skip", "untie"),
         ],
@@ -254,15 +327,23 @@ def test_the_skip_line_of_the_complaint_solves_it(awkward: ExportedProgram, comp
 
 
 def test_the_overrides_of_the_complaint_solve_it(awkward: ExportedProgram, complaint: str) -> None:
-    overrides = [{"match": "odd", "prune": None}]
-    for name, advice in re.findall(r"^(\w+): .*override it with (\w+: \{.*?\})", complaint, re.M):
-        overrides.append({"match": name, **yaml.safe_load(advice)})
-    assert len(overrides) == 4
+    overrides = [dataclasses.asdict(SPARSE)]
+    found = re.findall(r"^(\w+): .*override it with (\w+: (?:null|\{.*?\}))", complaint, re.M)
+    overrides += [{"match": name, **yaml.safe_load(advice)} for name, advice in found]
+    assert len(overrides) == 5
     recipe = Recipe.from_dict({**BAD.to_dict(), "skip": ["table"], "overrides": overrides})
     rows = slimfx.plan(awkward, recipe).rows
     assert [row.name for row in rows if not row.skipped] == ["fine", "odd", "ragged", "narrow"]
     small = slimfx.compress(awkward, recipe, [torch.arange(16)])
     check_bytes(awkward, small, slimfx.plan(awkward, recipe))
+
+
+def test_groups_need_not_divide_the_inputs(awkward: ExportedProgram) -> None:
+    for width in (2, 3, 4, 8):
+        quantize = Quantize("absmax", bits=width, granularity="group", group=16)
+        recipe = Recipe(None, quantize, adapter=None, skip=("table",))
+        small = slimfx.compress(awkward, recipe, [torch.arange(16)])
+        check_bytes(awkward, small, slimfx.plan(awkward, recipe))
 
 
 def test_skip_patterns_that_were_there_stay_in_the_advice(awkward: ExportedProgram) -> None:
@@ -317,7 +398,7 @@ def test_adapters_that_a_bfloat16_program_multiplies_with_are_no_layers() -> Non
     assert [row.name for row in slimfx.plan(small, "slim").rows] == ["narrow"]
 
 
-@pytest.mark.parametrize("preset", ["slim", "slim-q"])
+@pytest.mark.parametrize("preset", ["slim", "slim-q", "absmax"])
 def test_the_predicted_file_is_within_two_percent(preset: str, tmp_path: Path) -> None:
     small = compressed_demo_lm(preset)
     size = slimfx.save(small, tmp_path / "demo.pt2", verify=False)

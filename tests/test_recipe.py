@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimfx.errors import RecipeError
-from slimfx.recipe import (
-    PRESETS,
+from slimfx.recipe import PRESETS, Calibration, Recipe, matches
+from slimfx.steps import (
     Adapter,
-    Calibration,
+    Inputs,
     LayerRecipe,
     Override,
     Prune,
     Quantize,
-    Recipe,
-    matches,
+    Solve,
+    Transform,
+    Tune,
 )
 
 OVERRIDDEN = """
@@ -42,29 +43,60 @@ overrides:
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     """Any recipe: numbers over their whole range, patterns of any text."""
+    counts = st.integers(1, 2**31)
+    shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
     m = draw(st.integers(2, 64))
-    prune = Prune(draw(st.sampled_from(["magnitude", "wanda"])), draw(st.integers(1, m - 1)), m)
+    prune = Prune(
+        draw(st.sampled_from(["magnitude", "wanda", "jsq"])),
+        draw(st.integers(1, m - 1)),
+        m,
+        draw(st.none() | shares),
+        draw(st.sampled_from(["row", "layer"])),
+    )
     granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
     methods = ["absmax", "slim-quant"] if granularity == "tensor" else ["absmax"]
-    counts = st.integers(1, 2**31)
-    ranks = st.floats(0, 1, exclude_min=True, exclude_max=True) | st.integers(1, 4096).map(float)
+    bits = draw(st.sampled_from([2, 3, 4, 8]))
+    quantize = Quantize(draw(st.sampled_from(methods)), bits, granularity, draw(counts))
+    sparse = draw(st.booleans())
     adapter = Adapter(
-        draw(st.sampled_from(["naive", "slim-lora"])),
-        draw(ranks),
-        draw(st.sampled_from([4, 16, 32])),
+        draw(st.sampled_from(["naive", "l2qer", "qera", "slim-lora", "full"])),
+        draw(shares | st.integers(1, 4096).map(float)),
+        draw(st.sampled_from([4, 16] if sparse else [4, 16, 32])),
         draw(counts),
+        sparse,
     )
+    solve = Solve(
+        draw(st.sampled_from(["one-shot", "alternate"])),
+        draw(counts),
+        low_rank_first=draw(st.booleans()),
+        correct_bias=draw(st.booleans()),
+    )
+    transform = Transform(
+        draw(st.sampled_from(["smoothquant", "slim-quant-o"])),
+        draw(st.floats(0, 1)),
+        draw(shares),
+        draw(st.floats(1, 1e30)),
+    )
+    tune = Tune(draw(st.sampled_from(["match", "clipping", "affine"])), draw(counts), draw(shares))
     patterns = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-    changes = st.sampled_from([{}, None, {"rank": 3}, {"rank": 0.25, "bits": 4}])
+    rank = st.sampled_from([{}, {"rank": 3}, {"rank": 0.25, "bits": 4}])
+    override = st.builds(
+        Override,
+        match=patterns,
+        adapter=rank,
+        transform=st.sampled_from([{}, None, {"method": "smoothquant"}]),
+        inputs=st.sampled_from([{}, None, {"format": "fp8"}]),
+    )
     return Recipe(
-        prune=draw(st.sampled_from([prune, None])),
-        quantize=Quantize(draw(st.sampled_from(methods)), 4, granularity, draw(counts)),
-        adapter=draw(st.sampled_from([adapter, None])),
+        *draw(st.sampled_from([(prune, quantize), (None, quantize), (prune, None)])),
+        adapter=draw(st.sampled_from([adapter, *[None] * (solve.method == "one-shot")])),
+        solve=solve,
+        transform=draw(st.sampled_from([transform, None])),
+        inputs=draw(st.sampled_from([Inputs(), None])),
+        tune=draw(st.sampled_from([tune, None])),
         calibration=Calibration(draw(counts), draw(counts), draw(counts), draw(counts)),
         skip=tuple(draw(st.lists(patterns, max_size=3))),
-        overrides=tuple(
-            Override(draw(patterns), adapter=draw(changes)) for _ in range(draw(st.integers(0, 2)))
-        ),
+        overrides=tuple(draw(st.lists(override, max_size=2))),
     )
 
 
@@ -98,7 +130,12 @@ def test_yaml_and_back_keeps_overrides_and_their_nulls() -> None:
 def test_the_canonical_form_names_every_field() -> None:
     data = Recipe().to_dict()
     assert set(data) == {field.name for field in dataclasses.fields(Recipe)}
-    for part in (Prune, Quantize, Adapter, Calibration):
+    for part in (Prune, Quantize, Adapter, Solve, Calibration):
+        fields = {field.name for field in dataclasses.fields(part)}
+        assert set(data[part.__name__.lower()]) == fields
+    assert [data[key] for key in ("transform", "inputs", "tune")] == [None] * 3
+    data = Recipe(transform=Transform(), inputs=Inputs(), tune=Tune()).to_dict()
+    for part in (Transform, Inputs, Tune):
         fields = {field.name for field in dataclasses.fields(part)}
         assert set(data[part.__name__.lower()]) == fields
     assert json.loads(json.dumps(data)) == data
@@ -135,9 +172,22 @@ def test_building_from_a_mapping_changes_neither_it_nor_the_presets() -> None:
     [
         ("quantise: {bits: 4}", "quantise", "quantize", "calibration"),
         ("prune: {methd: wanda}", "prune.methd", "method", "m, method, n"),
-        ("adapter: {ranks: 8}", "adapter.ranks", "rank", "bits, group, method, rank"),
+        ("adapter: {ranks: 8}", "adapter.ranks", "rank", "bits, fast, group, method, rank, sparse"),
+        ("adapter: {spares: true}", "adapter.spares", "sparse", "method"),
+        ("prune: {sparsty: 0.5}", "prune.sparsty", "sparsity", "path, scope, sparsity"),
+        ("solve: {metod: joint}", "solve.metod", "method", "correct_bias, low_rank_first"),
+        ("transform: {alfa: 0.5}", "transform.alfa", "alpha", "alpha, factor, method, share"),
+        ("inputs: {formt: fp8}", "inputs.formt", "format", "format"),
+        ("tune: {epoch: 3}", "tune.epoch", "epochs", "epochs, method, rate"),
+        ("input: {format: fp8}", "input", "inputs", "inputs, overrides"),
         ("calibration: {sample: 8}", "calibration.sample", "samples", "batch, length"),
-        ("overrides: [{macth: x}]", "overrides[0].macth", "match", "adapter, match"),
+        ("overrides: [{macth: x}]", "overrides[0].macth", "match", "inputs, match, prune"),
+        (
+            "overrides: [{match: x, transform: {alfa: 1}}]",
+            "overrides[x].transform.alfa",
+            "alpha",
+            "alpha, factor, method, share",
+        ),
         (
             "overrides: [{match: x, quantize: {groups: 8}}]",
             "overrides[x].quantize.groups",
@@ -169,7 +219,23 @@ def test_an_unknown_key_like_no_other_gets_no_guess() -> None:
         ("quantize: {bits: '4'}", "quantize.bits"),
         ("quantize: {bits: 4.0}", "quantize.bits"),
         ("quantize: {bits: true}", "quantize.bits"),
-        ("quantize: null", "quantize"),
+        ("prune: {scope: 2}", "prune.scope"),
+        ("prune: {sparsity: half}", "prune.sparsity"),
+        ("prune: {sparsity: true}", "prune.sparsity"),
+        ("prune: {method: mask-file, path: 3}", "prune.path"),
+        ("adapter: {sparse: 1}", "adapter.sparse"),
+        ("adapter: {sparse: 'yes'}", "adapter.sparse"),
+        ("adapter: {fast: null}", "adapter.fast"),
+        ("solve: {low_rank_first: 0}", "solve.low_rank_first"),
+        ("solve: {correct_bias: 1.0}", "solve.correct_bias"),
+        ("solve: {rounds: true}", "solve.rounds"),
+        ("solve: null", "solve"),
+        ("transform: awq", "transform"),
+        ("transform: {alpha: '0.5'}", "transform.alpha"),
+        ("inputs: fp8", "inputs"),
+        ("inputs: {format: true}", "inputs.format"),
+        ("tune: {epochs: 1.5}", "tune.epochs"),
+        ("tune: {rate: x}", "tune.rate"),
         ("quantize: slim-quant", "quantize"),
         ("prune: [2, 4]", "prune"),
         ("prune: {n: null}", "prune.n"),
@@ -187,7 +253,10 @@ def test_an_unknown_key_like_no_other_gets_no_guess() -> None:
         ("overrides: [x]", "overrides[0]"),
         ("overrides: [{match: 3}]", "overrides[0].match"),
         ("overrides: [{match: x, prune: 2}]", "overrides[x].prune"),
-        ("overrides: [{match: x, quantize: null}]", "overrides[x].quantize"),
+        ("overrides: [{match: x, solve: null}]", "overrides[x].solve"),
+        ("overrides: [{match: x, transform: awq}]", "overrides[x].transform"),
+        ("overrides: [{match: x, inputs: {format: 8}}]", "overrides[x].inputs.format"),
+        ("overrides: [{match: x, adapter: {sparse: 1}}]", "overrides[x].adapter.sparse"),
         ("overrides: [{match: x}, {match: y, prune: {n: two}}]", "overrides[y].prune.n"),
         ("preset: 3", "preset"),
         ("preset: slimm", "preset"),
@@ -223,6 +292,43 @@ def test_a_wrong_type_or_name_is_refused_by_its_key(text: str, key: str) -> None
         ("calibration: {samples: 0}", "calibration.samples"),
         ("calibration: {length: 0}", "calibration.length"),
         ("calibration: {batch: -2}", "calibration.batch"),
+        ("prune: {sparsity: 0}", "prune.sparsity"),
+        ("prune: {sparsity: 1}", "prune.sparsity"),
+        ("prune: {sparsity: -0.5}", "prune.sparsity"),
+        ("prune: {sparsity: .nan}", "prune.sparsity"),
+        ("prune: {scope: column}", "prune.scope"),
+        ("prune: {method: mask-file}", "prune.path"),
+        ("prune: {path: masks.npz}", "prune.path"),
+        ("quantize: {bits: 1}", "quantize.bits"),
+        ("quantize: {bits: 16}", "quantize.bits"),
+        ("adapter: {sparse: true, bits: 32}", "adapter.sparse"),
+        ("adapter: {sparse: true, method: lplr}", "adapter.sparse"),
+        ("solve: {method: newton}", "solve.method"),
+        ("solve: {weight: joint}", "solve.weight"),
+        ("solve: {rounds: 0}", "solve.rounds"),
+        ("transform: {method: gptq}", "transform.method"),
+        ("transform: {alpha: 1.5}", "transform.alpha"),
+        ("transform: {alpha: .nan}", "transform.alpha"),
+        ("transform: {share: 0}", "transform.share"),
+        ("transform: {share: 1.01}", "transform.share"),
+        ("transform: {factor: 0.5}", "transform.factor"),
+        ("transform: {factor: .inf}", "transform.factor"),
+        ("inputs: {format: int8}", "inputs.format"),
+        ("tune: {method: sgd}", "tune.method"),
+        ("tune: {epochs: 0}", "tune.epochs"),
+        ("tune: {rate: 0}", "tune.rate"),
+        ("tune: {rate: .nan}", "tune.rate"),
+        ("prune: null\nquantize: null", "quantize"),
+        ("preset: absmax\nquantize: null", "quantize"),
+        ("overrides: [{match: x, prune: null, quantize: null}]", "quantize"),
+        ("overrides: [{match: x, transform: {share: 2}}]", "transform.share"),
+        ("overrides: [{match: x, inputs: {format: fp4}}]", "inputs.format"),
+        ("quantize: null\ntransform: {method: awq}", "quantize"),
+        ("solve: {method: second-order}", "prune.method"),
+        ("solve: {method: alternate, weight: second-order}", "prune.method"),
+        ("solve: {weight: second-order}\nprune: {method: sparsegpt}", "prune.method"),
+        ("preset: joint\nadapter: {method: naive}", "adapter.method"),
+        ("preset: oats\nadapter: null", "adapter"),
         ("overrides: [{match: x, prune: {n: 9}}]", "prune"),
         ("overrides: [{match: x, adapter: {rank: 1.5}}]", "adapter.rank"),
     ],
@@ -335,6 +441,56 @@ def test_a_null_override_leaves_the_step_out_and_a_later_one_brings_it_back() ->
     assert up.prune is None
 
 
+def test_quantize_may_be_null_where_something_is_pruned() -> None:
+    recipe = Recipe.from_yaml("quantize: null\nprune: {sparsity: 0.5, scope: layer}")
+    assert recipe.quantize is None
+    layer = recipe.for_layer("a.up")
+    assert layer is not None
+    assert (layer.quantize, layer.prune.sparsity) == (None, 0.5)
+    one = Recipe(overrides=(Override("up", quantize=None),))
+    assert one.for_layer("a.up").quantize is None
+    assert one.for_layer("a.down").quantize == Quantize()
+    assert Recipe.from_yaml(one.to_yaml()) == one
+
+
+def test_an_override_adds_changes_and_removes_transform_and_inputs() -> None:
+    recipe = Recipe(
+        transform=Transform("smoothquant", alpha=0.4),
+        overrides=(
+            Override("*.up", transform={"alpha": 0.6}, inputs={"format": "fp8"}),
+            Override("*.down", transform=None),
+            Override("*.q", transform={"method": "awq"}, inputs={}),
+        ),
+    )
+    up, down, q, o = (recipe.for_layer(f"layers.0.{name}") for name in ("up", "down", "q", "o"))
+    assert (up.transform, up.inputs) == (Transform("smoothquant", alpha=0.6), Inputs())
+    assert (down.transform, down.inputs) == (None, None)
+    assert (q.transform, q.inputs) == (Transform("awq", alpha=0.4), None)
+    assert (o.transform, o.inputs) == (Transform("smoothquant", alpha=0.4), None)
+    added = Recipe(overrides=(Override("up", transform={"method": "slim-quant-o"}),))
+    assert added.for_layer("up").transform == Transform("slim-quant-o")
+
+
+def test_an_override_may_use_another_solver_where_its_steps_go_together() -> None:
+    recipe = Recipe.from_yaml(
+        "overrides: [{match: up, prune: {method: sparsegpt}, solve: {method: second-order}},"
+        " {match: down, solve: {method: alternate, rounds: 3}}]"
+    )
+    assert recipe.for_layer("up").solve == Solve("second-order")
+    assert recipe.for_layer("down").solve == Solve("alternate", rounds=3)
+    with pytest.raises(RecipeError, match=r"^prune\.method: wanda"):
+        Recipe(overrides=(Override("up", solve={"method": "second-order"}),))
+
+
+def test_true_and_false_are_read_as_yaml_writes_them() -> None:
+    recipe = Recipe.from_yaml("adapter: {sparse: yes}\nsolve: {correct_bias: on}")
+    assert recipe.adapter.sparse is recipe.solve.correct_bias is True
+    assert recipe.adapter.fast is recipe.solve.low_rank_first is False
+    again = Recipe.from_yaml(recipe.to_yaml())
+    assert again == recipe and again.digest() == recipe.digest()
+    assert "sparse: true" in recipe.to_yaml()
+
+
 @pytest.mark.parametrize(
     ("rank", "shape", "expected"),
     [(0.1, (64, 128), 6), (0.1, (128, 64), 6), (0.1, (5, 5), 1), (0.5, (3, 9), 1), (7, (4, 4), 7)],
@@ -369,7 +525,29 @@ OTHERS: list[dict[str, Any]] = [
     {"quantize": Quantize("absmax")},
     {"quantize": Quantize("absmax", granularity="channel")},
     {"quantize": Quantize(group=64)},
+    {"quantize": None},
+    {"quantize": Quantize(bits=3)},
+    {"prune": Prune(sparsity=0.5)},
+    {"prune": Prune(sparsity=0.5, scope="layer")},
+    {"prune": Prune("mask-file", path="masks.npz")},
+    {"prune": Prune("mask-file", path="other.npz")},
     {"adapter": None},
+    {"adapter": Adapter(sparse=True)},
+    {"adapter": Adapter(fast=True)},
+    {"solve": Solve(correct_bias=True)},
+    {"solve": Solve("alternate")},
+    {"solve": Solve("alternate", rounds=9)},
+    {"solve": Solve("alternate", low_rank_first=True)},
+    {"transform": Transform()},
+    {"transform": Transform("smoothquant")},
+    {"transform": Transform("smoothquant", alpha=0.6)},
+    {"transform": Transform("slim-quant-o", share=0.02)},
+    {"transform": Transform("slim-quant-o", factor=3.0)},
+    {"inputs": Inputs()},
+    {"tune": Tune()},
+    {"tune": Tune("clipping")},
+    {"tune": Tune(epochs=11)},
+    {"tune": Tune(rate=0.01)},
     {"adapter": Adapter("naive")},
     {"adapter": Adapter(rank=0.11)},
     {"adapter": Adapter(bits=32)},
@@ -386,6 +564,9 @@ OTHERS: list[dict[str, Any]] = [
     {"overrides": (Override("up", prune={"n": 1}),)},
     {"overrides": (Override("up", quantize={"group": 1}),)},
     {"overrides": (Override("up", adapter={"group": 1}),)},
+    {"overrides": (Override("up", transform=None),)},
+    {"overrides": (Override("up", inputs={"format": "fp8"}),)},
+    {"overrides": (Override("up", solve={"rounds": 9}),)},
 ]
 
 

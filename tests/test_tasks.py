@@ -192,7 +192,11 @@ def test_going_on_ends_at_the_end_token_and_leaves_room_for_the_answer() -> None
     model = LanguageModel(program, 4)
     assert model.go_on([(words(context), {"max_gen_toks": 10})]) == [""]
     assert model.cut == 1
-    assert LanguageModel(llama(), 4).go_on([(words(context), {"max_gen_toks": 1})]) != [""]
+    model = LanguageModel(llama(), 4)
+    read, lengths = model.read, []
+    model.read = lambda rows: lengths.append(len(rows[0])) or read(rows)
+    assert model.go_on([(words(context), {"max_gen_toks": 10})]) != [""]
+    assert lengths == list(range(54, 54 + len(lengths)))
 
 
 @pytest.mark.parametrize("how", [{"do_sample": True, "max_gen_toks": 5}, {}, {"max_gen_toks": 64}])

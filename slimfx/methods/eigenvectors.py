@@ -134,9 +134,9 @@ def _split(W: Tensor, Q: Tensor, near: int) -> tuple[Tensor, Tensor]:
 def _orthonormal(V: Tensor, Q: Tensor, reach: Tensor, draw: torch.Generator) -> Tensor:
     """An orthonormal basis [n, b], orthogonal to Q, of the columns of V and, if too few, of others.
 
-    V is what `_split` left of a block whose longest column had length `reach`. Where V is well
-    above that block's rounding, CholeskyQR twice will do (Yamamoto et al. 2015). Elsewhere G has
-    nothing new in some directions; a little noise fills them, and V is made orthogonal to Q anew.
+    V is what `_split` left of columns of length `reach` at most. Where V is well above the rounding
+    of these, CholeskyQR twice will do (Yamamoto et al. 2015). Elsewhere G has nothing new in some
+    directions; a little noise fills them, and V is made orthogonal to Q anew.
     """
     X = torch.where(reach > 0, V / reach, 0.0)
     R, failed = torch.linalg.cholesky_ex(X.T @ X, upper=True)

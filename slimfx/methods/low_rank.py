@@ -18,11 +18,18 @@ def low_rank(error: Tensor, rank: int, *, fast: bool = False) -> tuple[Tensor, T
     lose little on either. `fast` leaves at most about 0.5% more of ||E - R L||_F^2 than the best
     (see `leading_eigenvectors`).
     """
-    peak = torch.linalg.vector_norm(error, torch.inf).float()
-    E = error.float() / peak if peak > 0 else error.float()  # so that squares stay in range
+    unit = _unit(error)
+    E = error.float() if unit == 1 else error.float() / unit
     if E.shape[0] <= E.shape[1]:
         R = leading_eigenvectors((E, E.T), rank, fast=fast)
-        return peak * (R.T @ E), R
+        return unit * (R.T @ E), R
     V = leading_eigenvectors((E.T, E), rank, fast=fast)
     R, S = torch.linalg.qr(E @ V)  # S [r, r] is diagonal up to rounding
-    return peak * (S @ V.T), R
+    return unit * (S @ V.T), R
+
+
+def _unit(error: Tensor) -> float:
+    """What to divide by so that squares stay in range: 1 for most, which spares the copy."""
+    low, high = torch.aminmax(error)
+    peak = max(-low.item(), high.item())
+    return peak if 0 < peak < 1e-12 or peak > 1e12 else 1.0

@@ -71,14 +71,25 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.fixture(scope="module")
-def good() -> Records:
+def records_of(recipe: str) -> Records:
     """The records of a compressed program, without the root folder."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "good.pt2"
-        pt2.save(compressed("mlp", "slim"), path)
+        pt2.save(compressed("mlp", recipe), path)
         with zipfile.ZipFile(path) as archive:
             return {e.filename.partition("/")[2]: archive.read(e) for e in archive.infolist()}
+
+
+@pytest.fixture(scope="module")
+def good() -> Records:
+    """A program with 2:4 weights."""
+    return records_of("slim")
+
+
+@pytest.fixture(scope="module")
+def packed() -> Records:
+    """A program in which a bitmask, 2:4 and dense codes all occur."""
+    return records_of("50%")
 
 
 def zipped(records: Records, *, root: str = "model/") -> bytes:
@@ -702,6 +713,60 @@ def test_checking_such_a_file_runs_nothing_either(
     records = dict(good)
     graph(GRAPHS[attack])(records, marker)
     refused(tmp_path, zipped(records), ask=pt2.check)
+
+
+# packed weights that no slimfx wrote
+
+
+def number(op: str, name: str, value: int) -> Callable[[dict[str, Any]], None]:
+    """The first call of an op of ours gets another number."""
+
+    def change(model: dict[str, Any]) -> None:
+        nodes = model["graph_module"]["graph"]["nodes"]
+        node = next(node for node in nodes if node["target"] == f"torch.ops.slimfx.{op}.default")
+        given = next(given for given in node["inputs"] if given["name"] == name)
+        given["arg"] = {"as_int": value}
+
+    return change
+
+
+NUMBERS = [
+    *(("bits", value) for value in (0, -4, 1, 2, 5, 8, 16, 64, 1 << 40, (1 << 63) - 1)),
+    *(("group", value) for value in (0, -1, -(1 << 62))),
+]
+
+
+def test_the_archive_with_every_layout_is_good(tmp_path: Path, packed: Records) -> None:
+    (tmp_path / "good.pt2").write_bytes(zipped(packed))
+    assert pt2.check(tmp_path / "good.pt2").identical
+    for op in ("linear_int", "linear_24", "linear_bitmask"):
+        assert f"slimfx.{op}.".encode() in packed[MODEL]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS)
+@pytest.mark.parametrize("op", ["linear_int", "linear_24", "linear_bitmask"])
+def test_a_number_that_the_layout_does_not_have_fails_at_the_latest_in_check(
+    tmp_path: Path, packed: Records, op: str, name: str, value: int
+) -> None:
+    records = dict(packed)
+    editing(MODEL, number(op, name, value))(records)
+    if op == "linear_bitmask" and value in (2, 8):  # how many values there are is not written
+        (tmp_path / "hostile.pt2").write_bytes(zipped(records))
+        assert not pt2.check(tmp_path / "hostile.pt2").passed
+        return
+    assert f"{op}: " in refused(tmp_path, zipped(records), ask=pt2.check)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0xFF, 0x5A])
+def test_any_bytes_of_packed_weights_are_read_as_some_weight(
+    tmp_path: Path, packed: Records, byte: int
+) -> None:
+    weights = [record for record in packed if record.startswith("data/weights/weight_")]
+    assert len(weights) == 20
+    for record in weights:
+        records = {**packed, record: bytes([byte]) * len(packed[record])}
+        (tmp_path / "hostile.pt2").write_bytes(zipped(records))
+        assert not pt2.check(tmp_path / "hostile.pt2").identical, record
 
 
 # what zipfile and torch read differently

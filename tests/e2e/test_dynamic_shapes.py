@@ -20,12 +20,15 @@ KINDS = ("llama", "bert")
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], ExportedProgram]:
-    """(kind, form) -> the compressed program as it is in that form."""
+    """(kind, form[, recipe]) -> the compressed program as it is in that form."""
     folder: Path = tmp_path_factory.mktemp("programs")
 
     @cache
-    def made(kind: str, form: str) -> ExportedProgram:
-        small = compressed(kind, "slim-q")
+    def made(kind: str, form: str, recipe: str = "slim-q") -> ExportedProgram:
+        if recipe in RECIPES:
+            small = compressed(kind, recipe)
+        else:
+            small = slimfx.compress(captured(kind), recipe, case(kind).batches)
         if form == "memory":
             return small
         slimfx.save(small, folder / f"{kind}.{form}", form=form, verify=False)
@@ -34,7 +37,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ex
     return made
 
 
-Programs = Callable[[str, str], ExportedProgram]
+Programs = Callable[..., ExportedProgram]
 
 
 def text(kind: str, batch: int, length: int) -> dict[str, Tensor]:
@@ -62,13 +65,32 @@ def test_every_batch_and_length_answers_as_the_eager_model(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["encoder layer", "in out"])
-def test_the_first_dimension_stays_free(kind: str, form: str, program: Programs) -> None:
-    emulated, _ = emulate(case(kind), compressed(kind, "slim-q"), RECIPES["slim-q"])
-    module = program(kind, form).module()
+@pytest.mark.parametrize("recipe", ["slim-q", "50%"])
+def test_the_first_dimension_stays_free(
+    kind: str, form: str, recipe: str, program: Programs
+) -> None:
+    emulated, _ = emulate(case(kind), compressed(kind, recipe), RECIPES[recipe])
+    module = program(kind, form, recipe).module()
     [(name, example)] = case(kind).inputs.items()
     for batch in (1, 2, 3, 4, 9):
         inputs = {name: normal(batch, batch, *example.shape[1:])}
         torch.testing.assert_close(module(**inputs), answer(emulated, inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "encoder layer"])
+def test_inputs_in_fp8_leave_the_first_dimension_free(kind: str, program: Programs) -> None:
+    source = captured(kind).range_constraints
+    memory = program(kind, "memory", "smoothquant")
+    assert memory.range_constraints == source
+    [(name, example)] = case(kind).inputs.items()
+    for form in ("op", "aten"):
+        loaded = program(kind, form, "smoothquant")
+        ranges = loaded.range_constraints.values()
+        assert sorted(map(str, ranges)) == sorted(map(str, source.values()))
+        for batch in (1, 2, 5):
+            inputs = {name: normal(batch, batch, *example.shape[1:]) * 10**batch}
+            found, expected = loaded.module()(**inputs), memory.module()(**inputs)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "encoder layer", "in out"])

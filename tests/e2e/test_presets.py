@@ -66,7 +66,7 @@ def test_the_answer_is_that_of_the_model_with_the_stored_weights(kind: str, pres
     else:
         assert rounds > 0
     original = answer(each.model, each.inputs)
-    assert (found - original).norm() < original.norm()  # 0.75 of it at worst
+    assert (found - original).norm() < original.norm()  # 0.95 of it at worst
     assert (found - original).abs().max() > 1e-2
 
 
