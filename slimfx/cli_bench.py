@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,27 +65,33 @@ def methods(
         need("matplotlib")  # before the work, not after it
     program = slimfx.load(model) if model.endswith(".pt2") else slimfx.capture(model)
     with show.line("bench") as tell:
-        rows = list(
-            bench_methods.bench_methods(
-                program,
-                data,
-                text,
-                only=chosen,
-                sampling=Calibration(samples=calibration_samples, length=length),
-                samples=samples,
-                progress=tell,
-            )
+        found = bench_methods.bench_methods(
+            program,
+            data,
+            text,
+            only=chosen,
+            sampling=Calibration(samples=calibration_samples, length=length),
+            samples=samples,
+            progress=tell,
         )
-    found = record(rows)
-    if output is not None:
-        with atomic(output) as temporary:
-            temporary.write_text(found + "\n", encoding="utf-8")
+        rows = collect(found, output)
     if plot is not None:
         _draw(rows, plot)
     if as_json:
-        typer.echo(found)
+        typer.echo(record(rows))
         return
     Console().print(methods_table(rows))
+
+
+def collect(rows: Iterable[bench_methods.Row], output: Path | None) -> list[bench_methods.Row]:
+    """All rows; those that are there are in `output`, if a file is named, should the rest fail."""
+    found: list[bench_methods.Row] = []
+    for row in rows:
+        found.append(row)
+        if output is not None:
+            with atomic(output) as temporary:
+                temporary.write_text(record(found) + "\n", encoding="utf-8")
+    return found
 
 
 def record(rows: Sequence[Any]) -> str:

@@ -192,8 +192,8 @@ PRESETS = {
     "absmax": Recipe(prune=None, quantize=_GROUPED, adapter=None),
     "optq": Recipe(None, _GROUPED, adapter=None, solve=Solve("second-order")),
     "awq": Recipe(None, _GROUPED, adapter=None, transform=Transform("awq")),
-    "omniquant": Recipe(None, _GROUPED, adapter=None, tune=Tune("clipping")),
-    "affinequant": Recipe(None, _GROUPED, adapter=None, tune=Tune("affine")),
+    "omniquant": Recipe(None, _GROUPED, adapter=None, tune=Tune("clipping", rate=0.1)),
+    "affinequant": Recipe(None, _GROUPED, adapter=None, tune=Tune("affine", rate=0.03)),
     "smoothquant": Recipe(
         None, _GROUPED, adapter=None, transform=Transform("smoothquant"), inputs=Inputs("fp8")
     ),
@@ -221,7 +221,7 @@ PRESETS = {
     # against the whole covariance
     "full-lora": Recipe(adapter=_FULL),
     "joint": Recipe(_SPARSEGPT, adapter=_FULL, solve=_JOINT),
-    "joint-q": Recipe(_SPARSEGPT, adapter=dataclasses.replace(_FULL, bits=4), solve=_JOINT),
+    "joint-q": Recipe(_SPARSEGPT, adapter=_LPLR, solve=_JOINT),
 }
 """Presets without an adapter have one scale per group of 128; the others one scale per tensor and
 rank 0.1. A name that ends in -q stores its adapters as int4, in groups of 128.

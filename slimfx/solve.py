@@ -18,9 +18,10 @@ from slimfx.methods.awq import awq
 from slimfx.methods.bias import mean_error
 from slimfx.methods.block_match import learned_adapter
 from slimfx.methods.covariance import damped
+from slimfx.methods.full_lora import low_rank_under
 from slimfx.methods.joint import joint
 from slimfx.methods.learnable import Learnable
-from slimfx.methods.lplr import lplr
+from slimfx.methods.lplr import lplr, lplr_under
 from slimfx.methods.masks import NofM, keep
 from slimfx.methods.omniquant import learned_clipping
 from slimfx.methods.quantized import Parts, Quantized, as_float, largest_code, quantize, spread
@@ -301,7 +302,7 @@ def _joint(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) ->
         rank=adapter.rank_for(*W.shape) if adapter else 0,
         rounds=recipe.solve.rounds,
         scale_of=(lambda T: _scale(_kept(T, stats, recipe), how)) if how else None,
-        fit=lambda E, H: _adapter(E, stats, adapter),
+        fit=lambda E, H: _adapter_under(E, H, stats, adapter),  # type: ignore[arg-type]
         group=how.group if how else W.shape[1],
         bits=how.bits if how else 16,
         pattern=recipe.pattern,
@@ -335,9 +336,20 @@ def _adapter(
     if how.method == "lplr":
         return lplr(error, stats, rank=rank, store=partial(_store, how=how))
     L, R = COMPENSATORS[how.method](error, stats, rank=rank, fast=how.fast)
-    if how.sparse:
-        L = L * keep(L.abs() * stats.rms, NofM(2, 4))
-    return _store(L, how), _store(R, how)
+    return _store(_thinned(L, stats, how), how), _store(R, how)
+
+
+def _adapter_under(error: Tensor, H: Tensor, stats: Stats, how: Adapter) -> tuple[Stored, Stored]:
+    """`_adapter` for the methods that weigh errors with the damped covariance, which is at hand."""
+    rank = how.rank_for(*error.shape)
+    if how.method == "lplr":
+        return lplr_under(error, H, rank, partial(_store, how=how))
+    L, R = low_rank_under(error, H, rank, fast=how.fast)
+    return _store(_thinned(L, stats, how), how), _store(R, how)
+
+
+def _thinned(L: Tensor, stats: Stats, how: Adapter) -> Tensor:
+    return L * keep(L.abs() * stats.rms, NofM(2, 4)) if how.sparse else L
 
 
 def _store(matrix: Tensor, how: Adapter) -> Stored:

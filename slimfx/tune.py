@@ -6,18 +6,21 @@ the compressed block's outputs to these, relative to their size. Padding counts 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.fx import Node
 
 from slimfx.calibrate import Walk, run, with_weights
 from slimfx.errors import CalibrationError
 from slimfx.methods.learnable import Learnable
+from slimfx.passes.base import changes_in_place
 from slimfx.passes.cut_blocks import Block
 
 Weights = Callable[[str, Tensor], Tensor]
@@ -48,7 +51,8 @@ def tune(
     """The values of each learnable (by parameter name) with the least loss over all batches.
 
     The start counts: the result is never worse than it. `fixed` are other parameters that the
-    compressed block has changed. `rate` falls to zero along a cosine; the order of the batches is
+    compressed block has changed. Values that no floating-point output of the block depends on stay
+    as they are. `rate` falls to zero along a cosine; the order of the batches is
     drawn with `seed`.
 
     Raises:
@@ -81,7 +85,8 @@ def tune(
         return found
 
     least, best = total(), start
-    _descend(learned, loss, len(targets), epochs, rate, seed)
+    with _gradients(block):
+        _descend(learned, loss, len(targets), epochs, rate, seed)
     if total() < least:
         best = {
             fqn: {name: value.detach() for name, value in values.items()}
@@ -97,13 +102,25 @@ def _descend(
     adam = torch.optim.Adam(values, lr=rate)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs * count)
     draw = torch.Generator().manual_seed(seed)
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for i in torch.randperm(count, generator=draw).tolist():
-                adam.zero_grad()
-                loss(i).backward()
-                adam.step()
-                falling.step()
+    for _ in range(epochs):
+        for i in torch.randperm(count, generator=draw).tolist():
+            adam.zero_grad()
+            found = loss(i)
+            if not found.requires_grad:  # such as behind an argmax
+                return
+            found.backward()
+            adam.step()
+            falling.step()
+
+
+@contextlib.contextmanager
+def _gradients(block: Block) -> Iterator[None]:
+    """Record gradients, also past operations that overwrite what the backward pass needs."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if any(changes_in_place(node) for node in block.nodes):
+            stack.enter_context(allow_mutation_on_saved_tensors())
+        yield
 
 
 def _detached(value: Any) -> Any:
@@ -112,14 +129,22 @@ def _detached(value: Any) -> Any:
 
 @torch.no_grad()
 def _target(walk: Walk, block: Block, i: int) -> _Target:
-    inside = set(block.nodes)
-    keep = frozenset(node for node in block.live_out if node in inside)
+    keep = _answers(block)
     outputs = {
         node: value
         for node, value in run(walk, block, walk.batches[i], keep=keep).items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
     return _Target(outputs, walk.masks[i])
+
+
+def _answers(block: Block) -> frozenset[Node]:
+    """What later blocks read of this one that depends on its linears."""
+    reached = {use.node for site in block.sites for use in site.uses}
+    for node in block.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return block.live_out & reached
 
 
 def _difference(outputs: Mapping[Node, Tensor], target: _Target) -> Tensor:

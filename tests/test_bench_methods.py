@@ -71,9 +71,9 @@ OTHER = 2 * (N + K + 2 * N)
 """16-bit bytes of the biases and the norm."""
 
 
-def share(after: float) -> float:
-    """Of the bytes in 16 bits, for linears of so many bits a weight in all."""
-    return (after * N * K / 8 + OTHER) / (2 * 2 * N * K + OTHER)
+def share(bits: float) -> float:
+    """Of the bytes in 16 bits, for two linears whose bits a weight add up to this."""
+    return (bits * N * K / 8 + OTHER) / (2 * 2 * N * K + OTHER)
 
 
 MEASURES = {
@@ -102,7 +102,7 @@ MEASURES = {
     ),
     "one layer as it is": (
         Recipe(quantize=None, adapter=None, skip=("layers.2",)),
-        share((16 * 2 + 2 * 9 - 16)),
+        share(16 + 9),
         0.75,
     ),
 }

@@ -77,7 +77,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         draw(shares),
         draw(st.floats(1, 1e30)),
     )
-    tune = Tune(draw(st.sampled_from(["match", "clipping", "affine"])), draw(counts), draw(shares))
+    tune = Tune("match", draw(counts), draw(shares))
     patterns = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
     rank = st.sampled_from([{}, {"rank": 3}, {"rank": 0.25, "bits": 4}])
     override = st.builds(
@@ -318,6 +318,11 @@ def test_a_wrong_type_or_name_is_refused_by_its_key(text: str, key: str) -> None
         ("tune: {epochs: 0}", "tune.epochs"),
         ("tune: {rate: 0}", "tune.rate"),
         ("tune: {rate: .nan}", "tune.rate"),
+        ("tune: {method: clipping}", "tune.method"),
+        ("tune: {method: affine}\nadapter: null", "tune.method"),
+        ("preset: omniquant\nquantize: null\nprune: {n: 2}", "tune.method"),
+        ("preset: omniquant\nsolve: {method: second-order}", "tune.method"),
+        ("preset: affinequant\noverrides: [{match: x, adapter: {rank: 3}}]", "tune.method"),
         ("prune: null\nquantize: null", "quantize"),
         ("preset: absmax\nquantize: null", "quantize"),
         ("overrides: [{match: x, prune: null, quantize: null}]", "quantize"),
@@ -545,9 +550,10 @@ OTHERS: list[dict[str, Any]] = [
     {"transform": Transform("slim-quant-o", factor=3.0)},
     {"inputs": Inputs()},
     {"tune": Tune()},
-    {"tune": Tune("clipping")},
+    {"tune": Tune("clipping"), "quantize": Quantize("absmax"), "adapter": None},
+    {"tune": Tune("affine"), "quantize": Quantize("absmax"), "adapter": None},
     {"tune": Tune(epochs=11)},
-    {"tune": Tune(rate=0.01)},
+    {"tune": Tune(rate=0.02)},
     {"adapter": Adapter("naive")},
     {"adapter": Adapter(rank=0.11)},
     {"adapter": Adapter(bits=32)},

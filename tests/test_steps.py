@@ -8,7 +8,7 @@ from slimfx.errors import RecipeError
 from slimfx.methods import COMPENSATORS, PRUNERS
 from slimfx.methods.masks import NofM, Unstructured
 from slimfx.recipe import PRESETS, Recipe
-from slimfx.steps import Adapter, Inputs, LayerRecipe, Prune, Quantize, Solve, Transform
+from slimfx.steps import Adapter, Inputs, LayerRecipe, Prune, Quantize, Solve, Transform, Tune
 
 SPARSEGPT = Prune("sparsegpt")
 FULL = Adapter("full")
@@ -58,8 +58,13 @@ def test_the_covariance_is_not_taken_where_its_diagonal_is_enough(name: str) -> 
     assert not layer(**NEED_NONE[name]).needs_covariance
 
 
-def test_only_a_transform_scales_the_inputs() -> None:
-    assert not layer(inputs=Inputs()).scales_inputs
+ABSMAX = {"quantize": Quantize("absmax"), "adapter": None}
+
+
+def test_a_transform_and_a_tuned_one_scale_the_inputs_and_nothing_else() -> None:
+    assert not layer(inputs=Inputs(), tune=Tune("match")).scales_inputs
+    assert not layer(tune=Tune("clipping"), **ABSMAX).scales_inputs
+    assert layer(tune=Tune("affine"), **ABSMAX).scales_inputs
     for method in ("awq", "smoothquant", "slim-quant-o"):
         assert layer(transform=Transform(method)).scales_inputs
 
@@ -99,6 +104,23 @@ def test_alternation_needs_an_adapter_and_awq_something_to_quantize() -> None:
         layer(quantize=None, transform=Transform("awq"))
     for method in ("smoothquant", "slim-quant-o"):
         layer(quantize=None, transform=Transform(method))
+
+
+@pytest.mark.parametrize("method", ["clipping", "affine"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantize": Quantize()},
+        {"quantize": None},
+        {"adapter": Adapter()},
+        {"prune": None, "solve": Solve("second-order")},
+    ],
+)
+def test_scales_are_learned_of_absmax_codes_alone(method: str, change: dict) -> None:
+    layer(tune=Tune(method), **ABSMAX)
+    layer(tune=Tune("match"), **{**ABSMAX, **change})
+    with pytest.raises(RecipeError, match=rf"^tune\.method: {method} learns absmax scales alone"):
+        layer(tune=Tune(method), **{**ABSMAX, **change})
 
 
 def test_a_layer_of_which_nothing_changes_is_to_be_skipped() -> None:

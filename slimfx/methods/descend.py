@@ -39,13 +39,16 @@ def descend(
     """
     T = target.float().T.contiguous()  # [K, N]: a column of the weight is one run of memory
     K, N = T.shape
-    coded = isinstance(start, Quantized)
-    codes = (start.codes if coded else start).float().T.clone(memory_format=torch.contiguous_format)
-    scale = spread(start.scale.float(), start.group, K) if coded else T.new_ones(1, 1)
+    if isinstance(start, Quantized):
+        values, group, top = start.codes.float(), start.group, largest_code(bits)
+        scale = spread(start.scale.float(), group, K)
+    else:
+        values, group, top = start.float(), 1, None
+        scale = T.new_ones(1, 1)
+    codes = values.T.clone(memory_format=torch.contiguous_format)
     step = scale.T.expand(K, -1)
     inverse = torch.where(step > 0, 1 / step, 0.0)
-    top = largest_code(bits) if coded else None
-    if pattern == NofM(2, 4) and (scale.shape[1] == 1 or start.group % 4 == 0):
+    if pattern == NofM(2, 4) and (scale.shape[1] == 1 or group % 4 == 0):
         width, choose = 4, _best_pairs(H, top)
     else:
         width, choose = 1, _nearest(H, _mask(codes, T, H, pattern), top)
@@ -62,7 +65,9 @@ def descend(
                 gradient[j:end].addmm_(H[j:end, g], moved, alpha=-1)
             gradient[end:].addmm_(H[end:, begin:end], change, alpha=-1)
     values = codes.T.contiguous()
-    return Quantized(values.to(torch.int8), start.scale, start.group) if coded else values
+    if isinstance(start, Quantized):
+        return Quantized(values.to(torch.int8), start.scale, group)
+    return values
 
 
 def _mask(codes: Tensor, T: Tensor, H: Tensor, pattern: Pattern | None) -> Tensor:

@@ -2,10 +2,11 @@
 
     min over Q, L, R of  trace((W - Q - R L) H (W - Q - R L)^T)
 
-starts from the best R, L for W itself, which leaves the least for Q to hold, and alternates (a) Q,
-sparse or in codes or both, for the target W - R L, and (b) R, L for W - Q, rounded as they will be
-stored, so that the next Q takes up their rounding. Q is solved afresh by `second_order` in most
-rounds, so that its mask keeps moving, then refined by `descend`. The best iterate is kept.
+alternates (a) Q, sparse or in codes or both, for the target W - R L, and (b) R, L for W - Q,
+rounded as they will be stored, so that the next Q takes up their rounding. The first target is W,
+or what the best R, L for W itself leave of it, whichever ends the first round with the smaller
+error. Q is solved afresh by `second_order` in most rounds, so that its mask keeps moving, then
+refined by `descend`. The best iterate is kept.
 """
 
 from __future__ import annotations
@@ -53,14 +54,10 @@ def joint(
     W = W.float()
     U = inverse_factor(H)
     nothing = torch.zeros_like(W)
-    best, least = None, float("inf")
 
-    def remember(parts: Parts) -> None:
-        nonlocal best, least
+    def error(parts: Parts) -> float:
         E = W - parts.dense()
-        error = ((E @ H) * E).sum().item()
-        if best is None or error < least:
-            best, least = parts, error
+        return ((E @ H) * E).sum().item()
 
     def with_adapter(Q: Stored) -> Parts:
         return Parts(Q, *fit(W - as_float(Q), H)) if rank else Parts(Q, None, None)
@@ -68,17 +65,18 @@ def joint(
     def target(parts: Parts) -> Tensor:
         return W - parts._replace(weight=nothing).dense()
 
-    parts = with_adapter(nothing)
-    for done in range(rounds if rank else 1):
+    def afresh(parts: Parts) -> Stored:
         T = target(parts)
-        if done < _AFRESH * rounds:
-            scale = None if scale_of is None else scale_of(T)
-            Q = second_order(T, H, scale, group=group, bits=bits, pattern=pattern, U=U)
-        else:
-            Q = descend(T, H, parts.weight, bits=bits, pattern=pattern, sweeps=_SWEEPS)
-        parts = with_adapter(Q)
-        remember(parts)
-    Q = descend(target(parts), H, Q, bits=bits, pattern=pattern, sweeps=_LAST_SWEEPS)
-    remember(parts._replace(weight=Q))
-    assert best is not None
-    return best
+        scale = None if scale_of is None else scale_of(T)
+        return second_order(T, H, scale, group=group, bits=bits, pattern=pattern, U=U)
+
+    def refined(parts: Parts, sweeps: int) -> Stored:
+        return descend(target(parts), H, parts.weight, bits=bits, pattern=pattern, sweeps=sweeps)
+
+    starts = [Parts(nothing, None, None)] + ([with_adapter(nothing)] if rank else [])
+    parts = best = min((with_adapter(afresh(start)) for start in starts), key=error)
+    for done in range(1, rounds if rank else 1):
+        solve_anew = done < _AFRESH * rounds
+        parts = with_adapter(afresh(parts) if solve_anew else refined(parts, _SWEEPS))
+        best = min(best, parts, key=error)
+    return min(best, parts._replace(weight=refined(parts, _LAST_SWEEPS)), key=error)

@@ -36,8 +36,7 @@ def lplr_under(
     """The best of a few alternations from the optimum before rounding (`low_rank_under`)."""
     E = error.float()
     EH = E @ H
-    start, R = low_rank_under(E, H, rank)
-    L, R = store(start), store(R)
+    L, R = (store(part) for part in low_rank_under(E, H, rank))
     best, least = (L, R), _left(E, H, L, R)
     for _ in range(_ROUNDS):
         r = as_float(R)

@@ -53,7 +53,7 @@ def second_order(
     left = W.float().T.clone(memory_format=torch.contiguous_format)  # [K, N]: see `descend`
     step = left.new_ones(1, 1) if scale is None else spread(scale.float(), group, K).T
     step = step.expand(K, -1)
-    inverse = torch.where(step > 0, 1 / step, 0.0)
+    top = None if scale is None else largest_code(bits)
     codes, errors = torch.empty_like(left), torch.empty_like(left)
     width = pattern.m if isinstance(pattern, NofM) else _TOGETHER
     block = max(_BLOCK // width, 1) * width
@@ -63,19 +63,34 @@ def second_order(
             j = min(i + width, end)
             score = (left[i:j] / diagonal[i:j, None]).square()
             mask = _mask(score, first[i:j], pattern)
-            for k in range(i, j):
-                code = torch.mul(left[k], inverse[k], out=codes[k])
-                if scale is not None:
-                    code.round_().clamp_(-largest_code(bits), largest_code(bits))
-                code.mul_(mask[k - i])
-                error = torch.addcmul(left[k], code, step[k], value=-1, out=errors[k])
-                left[k + 1 : j].addr_(U[k, k + 1 : j], error, alpha=-1)
+            here = slice(i, j)
+            _settle_(left[here], codes[here], errors[here], U[here, here], step[here], mask, top)
             left[j:end].addmm_(U[i:j, j:end].T, errors[i:j], alpha=-1)
         left[end:].addmm_(U[begin:end, end:].T, errors[begin:end], alpha=-1)
     codes = codes.T.contiguous()
     if scale is None:
         return codes
     return Quantized(codes=codes.to(torch.int8), scale=scale.to(torch.bfloat16), group=group)
+
+
+def _settle_(
+    left: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    U: Tensor,
+    step: Tensor,
+    mask: Tensor,
+    top: int | None,
+) -> None:
+    """Columns that share a mask, one after the other; writes `left`, `codes` and `errors`."""
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+    for k in range(len(left)):
+        code = torch.mul(left[k], inverse[k], out=codes[k])
+        if top is not None:
+            code.round_().clamp_(-top, top)
+        code.mul_(mask[k])
+        error = torch.addcmul(left[k], code, step[k], value=-1, out=errors[k])
+        left[k + 1 :].addr_(U[k, k + 1 :], error, alpha=-1)
 
 
 def _mask(score: Tensor, first: Tensor, pattern: Pattern | None) -> Tensor:

@@ -104,6 +104,16 @@ def test_sparse_alone_with_an_adapter_keeps_the_pattern(pattern: Pattern) -> Non
     assert error(W, found.dense(), H) < 0.9 * error(W, without.dense(), H)
 
 
+def test_starts_from_the_best_adapter_of_the_weight_itself() -> None:
+    low = torch.randn(48, 5) @ torch.randn(5, 64)
+    W, x = low + 0.1 * torch.randn(48, 64), inputs(64, 1000)
+    H = damped(x.T @ x / 1000)
+    second = as_float(second_order(W, H, one_scale(W, HALF), group=1, bits=4, pattern=HALF))
+    L, R = low_rank_under(W - second, H, 5)  # a start from nothing hides the low rank in Q
+    found = solved(W, H, rank=5, rounds=1).dense()
+    assert error(W, found, H) < 0.2 * error(W, second + R @ L, H)
+
+
 def test_more_rounds_help() -> None:
     W, x = torch.randn(48, 64), inputs(64, 1000)
     H = damped(x.T @ x / 1000)
