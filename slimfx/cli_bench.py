@@ -113,7 +113,7 @@ def methods_table(rows: list[bench_methods.Row]) -> Table:
         "sparse",
         "values",
         rows[0].metric,
-        "bits a weight",
+        "bits",
         "memory",
         "FLOPs",
         "seconds",

@@ -26,6 +26,7 @@ from slimfx.plan import PlanRow, adapter_layout, layout_of, plan
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
 from slimfx.runtime.pack import (
+    FLOAT_BITS,
     Layout,
     Packed24,
     PackedBitmask,
@@ -189,29 +190,31 @@ def pack(solution: Solution, how: LayerRecipe, bias: Tensor | None = None) -> Pa
         values = weight.codes if isinstance(weight, Quantized) else weight
         mask = keep((values != 0).float(), how.pattern)
     shifted = None if bias is None or shift is None else (bias.float() + shift).to(bias.dtype)
+    L = R = Layout("dense", FLOAT_BITS)
+    if how.adapter is not None:
+        L, R = adapter_layout(how.adapter), Layout("dense", how.adapter.bits)
     return PackedLinear(
         weight=_pack(weight, layout_of(how), mask),
-        L=_pack_adapter(solution.L, how.adapter and adapter_layout(how.adapter)),
-        R=_pack_adapter(solution.R, how.adapter and Layout("dense", how.adapter.bits)),
+        L=None if solution.L is None else _pack_adapter(solution.L, L),
+        R=None if solution.R is None else _pack_adapter(solution.R, R),
         input_scale=solution.input_scale,
         bias=shifted,
         fp8=how.inputs is not None,
     )
 
 
-def _pack_adapter(
-    matrix: Quantized | Tensor | None, layout: Layout | None
-) -> PackedMatrix | Tensor | None:
-    if matrix is None or layout is None:
-        return None
-    plain = isinstance(matrix, Tensor) and layout.where == "dense"
-    return matrix if plain else _pack(matrix, layout, None)
+def _pack_adapter(matrix: Quantized | Tensor, layout: Layout) -> PackedMatrix | Tensor:
+    if isinstance(matrix, Tensor) and layout.where == "dense":
+        return matrix
+    return _pack(matrix, layout, None)
 
 
 def _pack(matrix: Quantized | Tensor, layout: Layout, mask: Tensor | None) -> PackedMatrix:
-    coded = isinstance(matrix, Quantized)
-    values = matrix.codes if coded else matrix
-    scale, group = (matrix.scale, matrix.group) if coded else (None, values.shape[1])
+    scale: Tensor | None
+    if isinstance(matrix, Quantized):
+        values, scale, group = matrix.codes, matrix.scale, matrix.group
+    else:
+        values, scale, group = matrix, None, matrix.shape[1]
     if layout.where == "2:4":
         return Packed24(*pack_24(values, layout.bits), scale, layout.bits, group)
     if layout.where == "bitmask":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimfx import data
+from slimfx.errors import need
 
 NAME = "continuation"
 START = 8
@@ -77,6 +78,4 @@ def config() -> dict[str, Any]:
 
 
 def _dataset(**_: Any) -> dict[str, Any]:
-    import datasets
-
-    return {"test": datasets.Dataset.from_list(items())}
+    return {"test": need("datasets").Dataset.from_list(items())}

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from slimfx import data
-from slimfx.errors import SlimError
+from slimfx.errors import SlimError, need
 from slimfx.passes.inputs import call_arguments, tensor_inputs
 from slimfx.runtime.manifest import manifest_of
 
@@ -113,14 +113,13 @@ class LanguageModel:
 
     def whole(self, texts: Sequence[str]) -> list[float]:
         """log p of whole texts; one that is too long is scored part by part, each token once."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
+        utils = need("lm_eval.utils")
         pairs, owner = [], []
         for i, text in enumerate(texts):
-            for each in get_rolling_token_windows(
+            for each in utils.get_rolling_token_windows(
                 self.encode(text), self.prefix(), max_seq_len=self.window, context_len=1
             ):
-                pairs.append(make_disjoint_window(each))
+                pairs.append(utils.make_disjoint_window(each))
                 owner.append(i)
         found = [0.0] * len(texts)
         for i, (value, _) in zip(owner, self.score(pairs), strict=True):

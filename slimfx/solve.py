@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,7 +103,8 @@ def solve(
         parts = _SOLVERS[recipe.solve.method](W / unit, stats, recipe, mask)
     except torch.linalg.LinAlgError as failure:
         raise SolveError(f"{name}: {failure}; give more calibration data or skip it") from failure
-    parts = Parts(_scaled(parts.weight, unit), _scaled(parts.L, unit), parts.R)
+    L = None if parts.L is None else _scaled(parts.L, unit)
+    parts = Parts(_scaled(parts.weight, unit), L, parts.R)
     shift = mean_error(W, parts.dense(), stats) if shifts else None
     return _measured(name, W, stats, recipe, parts, c, shift, notes)
 
@@ -117,11 +119,17 @@ def learnable(weight: Tensor, solution: Solution, recipe: LayerRecipe) -> Learna
         return _behind(learned_adapter(solution.parts, store=store), c, solution.input_scale)
     W, how = weight.detach().float(), recipe.quantize
     assert how is not None and isinstance(solution.weight, Quantized)
-    options = {"bits": how.bits, "granularity": how.granularity, "group": how.group}
     mask = keep((solution.weight.codes != 0).float(), recipe.pattern) if recipe.pattern else None
+    grid = partial(_GRIDS[recipe.tune.method], bits=how.bits, granularity=how.granularity)
     if recipe.tune.method == "affine":
-        return learned_transform(W, mask, c, **options)
-    return _behind(learned_clipping(W / c, mask, **options), c, solution.input_scale)
+        return grid(W, mask, c, group=how.group)
+    return _behind(grid(W / c, mask, group=how.group), c, solution.input_scale)
+
+
+_GRIDS: dict[str, Callable[..., Learnable]] = {
+    "clipping": learned_clipping,
+    "affine": learned_transform,
+}
 
 
 def _behind(learned: Learnable, c: Tensor, input_scale: Tensor | None) -> Learnable:
@@ -207,10 +215,10 @@ def _power_of_two(peak: float) -> float:
     return 2.0 ** math.frexp(peak)[1] if peak > 1e-30 else 1.0
 
 
-def _scaled(part: Stored | None, unit: float) -> Stored | None:
+def _scaled(part: Stored, unit: float) -> Stored:
     if isinstance(part, Quantized):
         return Quantized(part.codes, part.scale * unit, part.group)
-    return None if part is None else part * unit
+    return part * unit
 
 
 def _input_scale(
@@ -265,12 +273,16 @@ def _rounded(weight: Stored) -> Stored:
 
 
 def _one_shot(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Parts:
-    weight = _coded(W, stats, recipe, mask)
-    return Parts(weight, *_adapter(W - as_float(weight), stats, recipe.adapter))
+    return _with_adapter(W, _coded(W, stats, recipe, mask), stats, recipe)
 
 
 def _second_order(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None) -> Parts:
-    weight = _second_order_coded(W, stats, recipe)
+    return _with_adapter(W, _second_order_coded(W, stats, recipe), stats, recipe)
+
+
+def _with_adapter(W: Tensor, weight: Stored, stats: Stats, recipe: LayerRecipe) -> Parts:
+    if recipe.adapter is None:
+        return Parts(weight, None, None)
     return Parts(weight, *_adapter(W - as_float(weight), stats, recipe.adapter))
 
 
@@ -280,6 +292,8 @@ def _alternate(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None
     else:
         compress = partial(_coded, stats=stats, recipe=recipe, mask=mask)
     H = damped(stats.covariance) if recipe.needs_covariance else None
+    adapter = recipe.adapter
+    assert adapter is not None  # the recipe checks it
 
     def error(E: Tensor) -> float:
         return ((E * stats.rms).square() if H is None else (E @ H) * E).sum().item()
@@ -287,7 +301,7 @@ def _alternate(W: Tensor, stats: Stats, recipe: LayerRecipe, mask: Tensor | None
     return alternate(
         W,
         compress=compress,
-        compensate=lambda E: _adapter(E, stats, recipe.adapter),
+        compensate=lambda E: _adapter(E, stats, adapter),
         error=error,
         rounds=recipe.solve.rounds,
         low_rank_first=recipe.solve.low_rank_first,
@@ -327,11 +341,7 @@ def _kept(W: Tensor, stats: Stats, recipe: LayerRecipe) -> Tensor:
     return W * keep(W.abs() * stats.rms, recipe.pattern)
 
 
-def _adapter(
-    error: Tensor, stats: Stats, how: Adapter | None
-) -> tuple[Stored | None, Stored | None]:
-    if how is None:
-        return None, None
+def _adapter(error: Tensor, stats: Stats, how: Adapter) -> tuple[Stored, Stored]:
     rank = how.rank_for(*error.shape)
     if how.method == "lplr":
         return lplr(error, stats, rank=rank, store=partial(_store, how=how))

@@ -77,8 +77,7 @@ def run_tasks(
     if not tasks:
         raise SlimError(f"no task is named; the one without data is {continuation.NAME}")
     need("lm_eval")
-    from lm_eval.evaluator import evaluate
-
+    lm_evaluate = need("lm_eval.evaluator").evaluate
     names = list(dict.fromkeys(each for name in tasks for each in GROUPS.get(name, (name,))))
     tell = progress or (lambda share, what: None)
     model = LanguageModel(program, batch)
@@ -88,7 +87,7 @@ def run_tasks(
         for i, name in enumerate(names):
             model.cut = 0
             model.tell = _part(tell, i, len(names), name)
-            result = evaluate(
+            result = lm_evaluate(
                 _as_lm(model),
                 loaded[name],
                 limit=limit,
@@ -120,9 +119,8 @@ def wikitext2() -> list[str]:
 
 def _as_lm(model: LanguageModel) -> Any:
     """The model as lm-eval wants to be handed one."""
-    from lm_eval.api.model import TemplateLM
 
-    class ProgramLM(TemplateLM):
+    class ProgramLM(need("lm_eval.api.model").TemplateLM):  # type: ignore[misc]
         """Asks the model; lm-eval's bars stay away."""
 
         @property
@@ -159,9 +157,8 @@ def _load(names: Sequence[str], tell: Progress) -> dict[str, Any]:
     Raises:
         SlimError: no such task, or one that cannot be run here.
     """
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
-
+    ConfigurableTask = need("lm_eval.api.task").ConfigurableTask
+    TaskManager = need("lm_eval.tasks").TaskManager
     loaded: dict[str, Any] = {}
     manager = None
     for name in names:
@@ -229,8 +226,7 @@ def _undisturbed() -> Iterator[None]:
     """lm-eval without bars and remarks, its prints on standard error, seeded as it seeds itself;
     afterwards the global random states are what they were.
     """
-    import lm_eval.api.task as building
-
+    building: Any = need("lm_eval.api.task")
     logger, bar = logging.getLogger("lm_eval"), building.tqdm
     level, states = logger.level, (random.getstate(), np.random.get_state())
     logger.setLevel(logging.ERROR)

@@ -9,6 +9,8 @@ layer before, and the diagonal of it behind a normalization, which is OmniQuant'
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,11 @@ def learned_transform(
     W: Tensor, mask: Tensor | None, c: Tensor, *, bits: int, granularity: str, group: int
 ) -> Learnable:
     """Codes for W / c [N, K], the clipping of their scales and c [K] learned; `c` is the start."""
-    how = {"bits": bits, "granularity": granularity, "group": group}
+    scale_for = partial(clipped_scale, bits=bits, granularity=granularity, group=group)
 
     def scale_of(values: Values) -> tuple[Tensor, Tensor, Tensor]:
         c = in_bfloat16(values["log_c"].exp())
-        return W / c, clipped_scale(W / c, values["gamma"], **how), c
+        return W / c, scale_for(W / c, values["gamma"]), c
 
     def weight(values: Values) -> Tensor:
         V, scale, c = scale_of(values)
@@ -36,5 +38,5 @@ def learned_transform(
         coded = quantize(V, scale.to(torch.bfloat16), group=group, bits=bits)
         return Parts(masked(coded, mask), None, None), c.to(torch.bfloat16)
 
-    start = learned_clipping(W / c, mask, **how).values
+    start = learned_clipping(W / c, mask, bits=bits, granularity=granularity, group=group).values
     return Learnable({**start, "log_c": c.float().log()}, weight, finish)

@@ -31,9 +31,8 @@ def learned_adapter(parts: Parts, *, store: Callable[[Tensor], Stored]) -> Learn
     units: dict[str, Tensor] = {}
     for name, matrix in (("L", parts.L), ("R", parts.R)):
         if matrix is not None:
-            dense = as_float(matrix)
-            units[name] = dense.square().mean().sqrt().clamp_min(1e-30)
-            start[name] = dense / units[name]
+            units[name] = as_float(matrix).square().mean().sqrt().clamp_min(1e-30)
+            start[name] = as_float(matrix) / units[name]
     if isinstance(weight, Quantized):
         start["s"] = torch.zeros_like(weight.scale, dtype=torch.float32)
 

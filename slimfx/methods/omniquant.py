@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,16 @@ def learned_clipping(
     W: Tensor, mask: Tensor | None, *, bits: int, granularity: str, group: int
 ) -> Learnable:
     """Codes for W [N, K] where `mask` allows them, with one learned scale for each of absmax's."""
-    how = {"bits": bits, "granularity": granularity, "group": group}
+    scale_of = partial(clipped_scale, W, bits=bits, granularity=granularity, group=group)
+    full = absmax(W, bits=bits, granularity=granularity, group=group)
 
     def finish(values: Values) -> tuple[Parts, Tensor | None]:
-        scale = clipped_scale(W, values["gamma"], **how).to(torch.bfloat16)
+        scale = scale_of(values["gamma"]).to(torch.bfloat16)
         return Parts(masked(quantize(W, scale, group=group, bits=bits), mask), None, None), None
 
     return Learnable(
-        values={"gamma": torch.full_like(absmax(W, **how).float(), _START)},
-        weight=lambda values: rounded(
-            W, mask, clipped_scale(W, values["gamma"], **how), bits, group
-        ),
+        values={"gamma": torch.full_like(full, _START, dtype=torch.float32)},
+        weight=lambda values: rounded(W, mask, scale_of(values["gamma"]), bits, group),
         finish=finish,
     )
 

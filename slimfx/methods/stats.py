@@ -59,14 +59,14 @@ class Stats:
     def scaled(self, c: Tensor) -> Stats:
         """The statistics of x * c, for c [K]."""
         c = c.double()
-        outer = None if self.product_sum is None else (c[:, None] * c).float()
+        products = self.product_sum
         return Stats(
             tokens=self.tokens,
             abs_sum=self.abs_sum * c.abs(),
             square_sum=self.square_sum * c.square(),
             peak=self.peak * c.abs(),
             value_sum=self.value_sum * c,
-            product_sum=None if outer is None else self.product_sum * outer,
+            product_sum=None if products is None else products * (c[:, None] * c).float(),
         )
 
 
