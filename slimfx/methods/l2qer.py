@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimfx.methods.low_rank import low_rank
+from slimfx.methods.low_rank import low_rank_weighed
 from slimfx.methods.stats import Stats
 
 
@@ -26,5 +26,4 @@ def l2qer(error: Tensor, stats: Stats, *, rank: int, fast: bool = False) -> tupl
         a = torch.where(a > 0, a, alive.min()) / (alive.min().sqrt() * alive.max().sqrt())
     else:
         a = torch.ones_like(a)
-    _, R = low_rank(error.float() * a, rank, fast=fast)
-    return R.T @ error.float(), R
+    return low_rank_weighed(error, a, rank, fast=fast)

@@ -33,3 +33,14 @@ def _unit(error: Tensor) -> float:
     low, high = torch.aminmax(error)
     peak = max(-low.item(), high.item())
     return peak if 0 < peak < 1e-12 or peak > 1e12 else 1.0
+
+
+def low_rank_weighed(
+    error: Tensor, weights: Tensor, rank: int, *, fast: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Factors as `low_rank`, minimising ||(E - R L) diag(weights)||_F for positive weights [K].
+
+    L = R^T E equals R^T E S S^-1 with S = diag(weights), without dividing by a small weight.
+    """
+    _, R = low_rank(error.float() * weights, rank, fast=fast)
+    return R.T @ error.float(), R

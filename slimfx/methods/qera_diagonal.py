@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimfx.methods.low_rank import low_rank
+from slimfx.methods.low_rank import low_rank_weighed
 from slimfx.methods.stats import Stats
 
 
@@ -25,5 +25,4 @@ def qera_diagonal(
     rms = stats.rms
     alive = rms[rms > 0]
     S = torch.where(rms > 0, rms, alive.min()) if len(alive) else torch.ones_like(rms)
-    _, R = low_rank(error.float() * S, rank, fast=fast)
-    return R.T @ error.float(), R
+    return low_rank_weighed(error, S, rank, fast=fast)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimfx.methods.low_rank import low_rank
+from slimfx.methods.low_rank import low_rank_weighed
 from slimfx.methods.stats import Stats
 
 
@@ -18,8 +18,7 @@ def slim_lora(
     first. x is the saliency: mean |x_j| shifted by its smallest value, which keeps diag(x)
     invertible.
     """
-    _, R = low_rank(error.float() * saliency(stats), rank, fast=fast)
-    return R.T @ error.float(), R  # as R R^T E diag(x) diag(1/x), without dividing by a small x
+    return low_rank_weighed(error, saliency(stats), rank, fast=fast)
 
 
 def saliency(stats: Stats) -> Tensor:
