@@ -42,7 +42,7 @@ class SolverRow:
 def bench_solver(
     size: int = 4096, rank: int | None = None, seed: int = 0, progress: Progress | None = None
 ) -> tuple[SolverRow, ...]:
-    """torch.linalg.svd, Gram + eigh and the fast mode on one error [size, size], in this order.
+    """torch.linalg.svd, `low_rank` and its fast mode on one error [size, size], in this order.
 
     Args:
         size: a multiple of 4.
@@ -53,7 +53,7 @@ def bench_solver(
     E = error_matrix(size, seed)
     solvers: tuple[tuple[str, int, Callable[[], Factors]], ...] = (
         ("torch.linalg.svd", 1, lambda: _truncated_svd(E, rank)),
-        ("Gram + eigh", _ROUNDS, lambda: low_rank(E, rank)),
+        ("exact", _ROUNDS, lambda: low_rank(E, rank)),
         ("fast", _ROUNDS, lambda: low_rank(E, rank, fast=True)),
     )
     rows: list[SolverRow] = []

@@ -30,8 +30,8 @@ def low_rank_under(
     peak = error.abs().max().float()
     E = error.float() / peak if peak > 0 else error.float()  # so that squares stay in range
     if E.shape[0] <= E.shape[1]:
-        R = leading_eigenvectors((E, H, E.T), rank, fast=fast)
+        R = leading_eigenvectors(E, rank, H=H, fast=fast)
     else:
         ES = E @ torch.linalg.cholesky(H)
-        R, _ = torch.linalg.qr(ES @ leading_eigenvectors((ES.T, ES), rank, fast=fast))
+        R, _ = torch.linalg.qr(ES @ leading_eigenvectors(ES.T, rank, fast=fast))
     return peak * (R.T @ E), R

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimfx.methods.eigenvectors import leading_eigenvectors
+from slimfx.methods.eigenvectors import leading_eigenvectors, product_dtype
 
 
 def low_rank(error: Tensor, rank: int, *, fast: bool = False) -> tuple[Tensor, Tensor]:
@@ -20,19 +20,13 @@ def low_rank(error: Tensor, rank: int, *, fast: bool = False) -> tuple[Tensor, T
     """
     unit = _unit(error)
     E = error.float() if unit == 1 else error.float() / unit
+    dtype = product_dtype(E, fast=fast)
     if E.shape[0] <= E.shape[1]:
-        R = leading_eigenvectors((E, E.T), rank, fast=fast)
-        return unit * (R.T @ E), R
-    V = leading_eigenvectors((E.T, E), rank, fast=fast)
+        R = leading_eigenvectors(E, rank, fast=fast)
+        return unit * (R.T.to(dtype) @ E.to(dtype)).float(), R
+    V = leading_eigenvectors(E.T, rank, fast=fast)
     R, S = torch.linalg.qr(E @ V)  # S [r, r] is diagonal up to rounding
     return unit * (S @ V.T), R
-
-
-def _unit(error: Tensor) -> float:
-    """What to divide by so that squares stay in range: 1 for most, which spares the copy."""
-    low, high = torch.aminmax(error)
-    peak = max(-low.item(), high.item())
-    return peak if 0 < peak < 1e-12 or peak > 1e12 else 1.0
 
 
 def low_rank_weighed(
@@ -44,3 +38,10 @@ def low_rank_weighed(
     """
     _, R = low_rank(error.float() * weights, rank, fast=fast)
     return R.T @ error.float(), R
+
+
+def _unit(error: Tensor) -> float:
+    """What to divide by so that squares stay in range: 1 for most, which spares the copy."""
+    low, high = torch.aminmax(error)
+    peak = max(-low.item(), high.item())
+    return peak if 0 < peak < 1e-12 or peak > 1e12 else 1.0
