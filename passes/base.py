@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    TensorArgument,
+)
 from torch.fx import Graph, Node
 
 
@@ -92,6 +97,26 @@ def _symbols(graph: Graph) -> set[Any]:
         if isinstance(size, torch.SymInt)
     ]
     return {symbol for expression in shapes for symbol in expression.free_symbols}
+
+
+def add_buffer(change: Edit, fqn: str, tensor: torch.Tensor) -> Node:
+    """The placeholder of a new lifted buffer, before the inputs of the caller."""
+    graph, signature = change.graph, change.signature
+    user_inputs = {
+        spec.arg.name  # type: ignore[union-attr]
+        for spec in signature.input_specs
+        if spec.kind is InputKind.USER_INPUT
+    }
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    first = next((node for node in inputs if node.name in user_inputs), inputs[-1].next)
+    with graph.inserting_before(first):
+        node = graph.placeholder("b_" + fqn.replace(".", "_").lower())
+    node.target = node.name  # made unique where two names differ in case or dots alone
+    node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
+    spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
+    signature.input_specs.append(spec)
+    change.state_dict[fqn] = tensor
+    return node
 
 
 def written_buffers(program: ExportedProgram) -> set[str]:

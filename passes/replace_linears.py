@@ -18,12 +18,11 @@ from typing import Any
 
 import slimfx.runtime.ops  # noqa: F401  the ops must exist before their overloads are named
 import torch
-from slimfx.passes.base import Edit, edit, fake_mode
+from slimfx.passes.base import Edit, add_buffer, edit, fake_mode
 from slimfx.passes.find_linears import PREFIX, Site, Use, storage_key
 from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedLinear, PackedMatrix
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 aten = torch.ops.aten
@@ -68,24 +67,9 @@ class _Placeholders:
         self.made: dict[str, Node] = {}
 
     def get(self, name: str, tensor: Tensor) -> Node:
-        if name in self.made:
-            return self.made[name]
-        graph, signature = self.change.graph, self.change.signature
-        user_inputs = {
-            spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT
-        }
-        inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        first = next((node for node in inputs if node.name in user_inputs), inputs[-1].next)
-        fqn = self.prefix + name
-        with graph.inserting_before(first):
-            node = graph.placeholder("b_" + fqn.replace(".", "_").lower())
-        node.target = node.name  # made unique where two names differ in case or dots alone
-        node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
-        spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
-        signature.input_specs.append(spec)
-        self.change.state_dict[fqn] = tensor
-        self.made[name] = node
-        return node
+        if name not in self.made:
+            self.made[name] = add_buffer(self.change, self.prefix + name, tensor)
+        return self.made[name]
 
 
 def _copied(use: Use, node: Node) -> Use:

@@ -1,0 +1,54 @@
+"""slimfx's ops in Inductor: lowerings with kernels of our own, and their part in cache keys."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from slimfx.runtime.inductor.cpu_linear import library, lower_linear_cpu
+from slimfx.runtime.ops import REFERENCES
+from torch._inductor import config, lowering
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+
+class _CacheKey(CustomGraphPass):
+    """Changes nothing; its uuid makes Inductor's caches tell versions of our kernels apart."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """What the pass in our place would have done."""
+        if self.wrapped is not None:
+            self.wrapped(graph)
+
+    def uuid(self) -> Any:
+        """Version and sources, and the key of the pass in whose place this is."""
+        inner = self.wrapped.uuid() if isinstance(self.wrapped, CustomGraphPass) else None
+        source = hashlib.sha256(library().encode()).hexdigest()
+        return ("slimfx", version("slimfx"), source, inner)
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Inductor compiles `linear_cpu` by our template, here and in what is cached under our key."""
+    op = torch.ops.slimfx.linear_cpu.default
+    if op not in lowering.lowerings:
+        lowering.register_lowering(op, type_promotion_kind=None)(lower_linear_cpu)
+    key = _CacheKey(config.post_grad_custom_post_pass)
+    with config.patch(post_grad_custom_post_pass=key):
+        yield
+
+
+def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What `torch.compile` makes of a graph with slimfx ops; those without a kernel as ATen."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = {**select_decomp_table(), **REFERENCES}
+    with kernels():
+        return compile_fx(gm, list(example_inputs), decompositions=table)

@@ -1,0 +1,190 @@
+"""AOTInductor: a program compiled to machine code, our kernels in it, that needs torch alone.
+
+The package is torch's own `.pt2` of compiled code; `torch._inductor.aoti_load_package` and libtorch
+read it. slimfx adds a record of what it was built for, so that `load` can refuse where the code
+would crash.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from slimfx.passes.decompose import decompose, slimfx_nodes
+from slimfx.passes.inputs import tensor_inputs
+from slimfx.passes.lower_cpu import Lowered, lower_cpu
+from slimfx.runtime import archive
+from torch.export import ExportedProgram
+
+from slimfx.errors import ArtifactError
+
+MARCHES = ("native", "x86-64-v3", "x86-64-v4")
+"""What code may be built for: this machine, any with AVX2, any with AVX-512."""
+_RECORD = "slimfx/aoti.json"
+_NEEDS = {"x86-64-v3": ("avx2",), "x86-64-v4": ("avx2", "avx512_f", "avx512_bw", "avx512_vl")}
+_LANES = {"x86-64-v3": 256, "x86-64-v4": 512}
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a package was built for and what it takes."""
+
+    march: str
+    needs: tuple[str, ...]
+    """Instruction sets, as torch.cpu.get_capabilities names them."""
+    torch: str
+    inputs: tuple[dict[str, Any], ...]
+    """Name, dtype and [smallest, largest] of each dimension, in order of the call."""
+    left: tuple[str, ...] = ()
+    """Why compressed linears were written out in ATen, a sentence each."""
+
+
+def save(
+    program: ExportedProgram, path: str | Path, *, march: str = "native"
+) -> tuple[int, Lowered]:
+    """Compile a program into a package at `path`; bytes written, and what became of its linears.
+
+    Compressed linears without a kernel are written out in ATen, as the report says.
+
+    Args:
+        march: one of `MARCHES`.
+
+    Raises:
+        ArtifactError: unknown march, missing folder, or the compiler failed.
+    """
+    path = Path(path)
+    if march not in MARCHES:
+        raise ArtifactError(f"march {march!r} is not one of {', '.join(MARCHES)}")
+    if path.suffix != ".pt2":
+        raise ArtifactError(f"{path}: torch loads compiled packages from files named .pt2 only")
+    lowered, report = lower_cpu(program)
+    if slimfx_nodes(lowered):
+        lowered = decompose(lowered)
+    package = Package(
+        march=march,
+        needs=_needs(march),
+        torch=torch.__version__,
+        inputs=tuple(_described(program)),
+        left=report.left,
+    )
+    with archive.atomic(path) as part:
+        compiled = part.with_suffix(".pt2")
+        try:
+            _compile(lowered, compiled, march)
+            with zipfile.ZipFile(compiled, "a") as file:
+                root = file.namelist()[0].partition("/")[0]
+                file.writestr(f"{root}/{_RECORD}", json.dumps(asdict(package), sort_keys=True))
+            compiled.replace(part)
+        finally:
+            compiled.unlink(missing_ok=True)
+        return part.stat().st_size, report
+
+
+def _compile(program: ExportedProgram, path: Path, march: str) -> None:
+    from slimfx.runtime.inductor import kernels
+    from torch._inductor import aoti_compile_and_package, config
+    from torch._inductor.exc import InductorError
+
+    options: dict[str, Any] = {"freezing": False}
+    if march != "native":
+        options |= {"cpp.march": march, "cpp.simdlen": _LANES[march]}
+    try:
+        with kernels(), config.patch(options):
+            aoti_compile_and_package(program, package_path=str(path))
+    except (InductorError, RuntimeError) as error:
+        raise ArtifactError(f"{path.name}: torch could not compile the program: {error}") from error
+
+
+def load(path: str | Path) -> Callable[..., Any]:
+    """The compiled program as a function of the exported program's arguments.
+
+    Raises:
+        ArtifactError: no package of slimfx, built for another processor or another torch; when
+            called, an input of another dtype, or of a shape outside the exported range.
+    """
+    package = read(path)
+    missing = [name for name in package.needs if not _capabilities().get(name)]
+    if missing:
+        raise ArtifactError(
+            f"{path}: was built for {package.march}, this processor has no {', '.join(missing)}; "
+            f"export it with march='x86-64-v3', or on this machine"
+        )
+    ours, theirs = (version.split("+")[0].rsplit(".", 1)[0] for version in _versions(package))
+    if ours != theirs:
+        raise ArtifactError(
+            f"{path}: was built for torch {package.torch}, this is {torch.__version__}; compiled "
+            f"packages hold for one minor version: export it again"
+        )
+    run = torch._inductor.aoti_load_package(str(path))
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_inputs([*args, *kwargs.values()], package)
+        return run(*args, **kwargs)
+
+    return checked
+
+
+def read(path: str | Path) -> Package:
+    """What a package says of itself, without loading its code.
+
+    Raises:
+        ArtifactError: missing or damaged file, or not written by slimfx.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = [name for name in file.namelist() if name.endswith(f"/{_RECORD}")]
+            if not names:
+                raise ArtifactError(f"{path}: holds no compiled program of slimfx")
+            fields = json.loads(file.read(names[0]))
+        return Package(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (zipfile.BadZipFile, OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a complete compiled package ({error})") from error
+
+
+def _needs(march: str) -> tuple[str, ...]:
+    if march != "native":
+        return _NEEDS[march]
+    wanted = ("avx2", "avx512_f", "avx512_bw", "avx512_vl", "avx512_vnni", "avx512_bf16")
+    return tuple(name for name in wanted if _capabilities().get(name))
+
+
+def _capabilities() -> dict[str, Any]:
+    found = getattr(torch.cpu, "get_capabilities", None)
+    return dict(found()) if found is not None else {}
+
+
+def _versions(package: Package) -> tuple[str, str]:
+    return torch.__version__, package.torch
+
+
+def _described(program: ExportedProgram) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "dtype": str(each.dtype), "sizes": [list(size) for size in each.sizes]}
+        for name, each in tensor_inputs(program).items()
+    ]
+
+
+def _check_inputs(values: list[Any], package: Package) -> None:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len(tensors) != len(package.inputs):
+        names = ", ".join(each["name"] for each in package.inputs)
+        raise ArtifactError(f"the program takes {names}; {len(tensors)} tensors were given")
+    for tensor, each in zip(tensors, package.inputs):
+        if str(tensor.dtype) != each["dtype"]:
+            raise ArtifactError(f"{each['name']}: {tensor.dtype}, not {each['dtype']}")
+        sizes = each["sizes"]
+        fits = tensor.dim() == len(sizes) and all(
+            low <= n and (high is None or n <= high) for n, (low, high) in zip(tensor.shape, sizes)
+        )
+        if not fits:
+            ranges = ", ".join(
+                str(a) if a == b else f"{a}..{'' if b is None else b}" for a, b in sizes
+            )
+            raise ArtifactError(
+                f"{each['name']}: shape {tuple(tensor.shape)}, exported for [{ranges}]"
+            )
