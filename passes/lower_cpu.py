@@ -14,7 +14,7 @@ last are a multiple of 32. The weights are laid out anew for the kernels, here a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,16 @@ class _Linear:
 
 Read = Callable[[Node], Tensor | None]
 Make = Callable[[Node, str, Tensor], Node]
+Renamed = Callable[[str, str], None]
 
 
-def lower_cpu(program: ExportedProgram) -> tuple[ExportedProgram, Lowered]:
-    """A program whose compressed linears are `linear_cpu` nodes; the given one is unchanged."""
+def lower_cpu(
+    program: ExportedProgram, *, rounded: bool = False
+) -> tuple[ExportedProgram, Lowered]:
+    """A program whose compressed linears are `linear_cpu` nodes; the given one is unchanged.
+
+    `rounded`: kernels may multiply by inputs of eight bits, one step a row.
+    """
     change = edit(program)
     specs = input_specs(program)
 
@@ -86,17 +92,21 @@ def lower_cpu(program: ExportedProgram) -> tuple[ExportedProgram, Lowered]:
         prefix, _, _ = str(specs[like.name].target).rpartition(PREFIX)
         return add_buffer(change, f"{prefix}{PREFIX}cpu_{name}", tensor)
 
-    report = lower_graph(change.graph, read, make)
+    renamed = change.signature.replace_all_uses
+    report = lower_graph(change.graph, read, make, renamed=renamed, rounded=rounded)
     _drop_read_buffers(change, specs)
     return change.finish(), report
 
 
-def lower_graph(graph: Graph, read: Read, make: Make) -> Lowered:
+def lower_graph(
+    graph: Graph, read: Read, make: Make, *, renamed: Renamed | None = None, rounded: bool = False
+) -> Lowered:
     """Do it in place.
 
     Args:
         read: the tensor behind a placeholder or attribute, None for what the caller passes.
         make: a node for a new constant, named after the given node of a stored weight.
+        renamed: told the old and new name of every result.
     """
     found, left = [], []
     for linear in _linears(graph, read):
@@ -110,7 +120,10 @@ def lower_graph(graph: Graph, read: Read, make: Make) -> Lowered:
             left.append(f"{linear.base.name}: {reason}")
     joined = _joined(found)
     for group in joined:
-        _replace(graph, group, make)
+        for old, new in _replaced(graph, group, make, rounded):
+            old.replace_all_uses_with(new)
+            if renamed is not None:
+                renamed(old.name, new.name)
     graph.eliminate_dead_code()
     return Lowered(len(joined), len(found), tuple(left))
 
@@ -208,7 +221,10 @@ def _rows(matrix: PackedMatrix | Tensor) -> int:
     return getattr(matrix, stored[type(matrix)]).shape[0]
 
 
-def _replace(graph: Graph, group: list[_Found], make: Make) -> None:
+def _replaced(
+    graph: Graph, group: list[_Found], make: Make, rounded: bool
+) -> Iterator[tuple[Node, Node]]:
+    """Insert the op of a group; what takes the place of what."""
     linears = [linear for linear, _ in group]
     base = linears[0].base
     like = base.args[1]
@@ -223,6 +239,7 @@ def _replace(graph: Graph, group: list[_Found], make: Make) -> None:
     args.append([n for m in kinds for n in Form(m.where, m.bits, m.group).numbers()])
     args.append([linear.N for linear in linears])
     args.append([linear.rank for linear in linears] if len(names) == 3 else [])
+    args.append(rounded)
     with graph.inserting_before(base):
         y = _call(graph, base, ops.linear_cpu.default, *args)
         start = 0
@@ -231,9 +248,9 @@ def _replace(graph: Graph, group: list[_Found], make: Make) -> None:
             if len(linears) > 1:
                 part = _call(graph, base, aten.slice.Tensor, y, -1, start, start + linear.N)
             start += linear.N
+            yield linear.base, part
             if linear.total is not None:
-                linear.total.replace_all_uses_with(linear.total.args[0])  # type: ignore[arg-type]
-            linear.base.replace_all_uses_with(part)
+                yield linear.total, linear.total.args[0]  # type: ignore[misc]
 
 
 def _call(graph: Graph, like: Node, op: Any, *args: Any) -> Node:

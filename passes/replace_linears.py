@@ -18,7 +18,7 @@ from typing import Any
 
 import slimfx.runtime.ops  # noqa: F401  the ops must exist before their overloads are named
 import torch
-from slimfx.passes.base import Edit, add_buffer, edit, fake_mode
+from slimfx.passes.base import Edit, add_buffer, edit, fake_mode, input_specs
 from slimfx.passes.find_linears import PREFIX, Site, Use, storage_key
 from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedLinear, PackedMatrix
 from torch import Tensor
@@ -129,6 +129,36 @@ _OPS: dict[type, tuple[Any, tuple[str, ...]]] = {
     Packed24: (torch.ops.slimfx.linear_24.default, ("values", "indices", "scale")),
     PackedBitmask: (torch.ops.slimfx.linear_bitmask.default, ("values", "mask", "scale")),
 }
+
+
+def packed_linear(program: ExportedProgram, fqn: str) -> PackedLinear:
+    """What `replace_linears` was given for the layer of a weight, but for its bias."""
+    prefix = f"{fqn.removesuffix('.weight')}.{PREFIX}"
+    own = {
+        name: str(spec.target).removeprefix(prefix)
+        for name, spec in input_specs(program).items()
+        if str(spec.target).startswith(prefix)
+    }
+    matrices: dict[str, PackedMatrix | Tensor] = {
+        name: program.state_dict[prefix + name] for name in own.values() if name in ("L", "R")
+    }
+    kinds = {op: (kind, parts) for kind, (op, parts) in _OPS.items()}
+    fp8 = False
+    for node in program.graph.nodes:
+        if node.target not in kinds or node.args[1].name not in own:
+            continue
+        kind, parts = kinds[node.target]
+        first = own[node.args[1].name].removesuffix(parts[0])
+        tensors = [program.state_dict.get(f"{prefix}{first}{part}") for part in parts]
+        matrices[first.removesuffix("_")] = kind(*tensors, *node.args[-2:])
+        fp8 = fp8 or node.args[0].target is torch.ops.slimfx.quantize_fp8.default
+    return PackedLinear(
+        weight=matrices[""],  # type: ignore[arg-type]
+        L=matrices.get("L"),
+        R=matrices.get("R"),
+        input_scale=program.state_dict.get(f"{prefix}input_scale"),
+        fp8=fp8,
+    )
 
 
 def _in_dtype_of(use: Use, stored: Node) -> Node:

@@ -57,6 +57,7 @@ def linear_cpu(
     form: list[int],
     rows: list[int],
     ranks: list[int],
+    rounded: bool = False,
 ) -> Tensor:
     """y [..., sum(rows)] for x [..., K], float32 or bfloat16.
 
@@ -66,11 +67,14 @@ def linear_cpu(
         form: three numbers for each matrix, `Form.numbers`.
         rows: N of each part; multiples of 16 but the last.
         ranks: r of each part, empty without adapters.
+        rounded: each row of x is rounded to multiples of max |x| / 127 first.
     """
     _check(x, weight, scale, L, L_scale, R, R_scale, form, rows, ranks)
     K = x.shape[-1]
     kinds = forms(form)
     wide = x.to(torch.float32) if x.dtype is torch.bfloat16 else x
+    if rounded:
+        wide = round_rows(wide)
     W = _parts(weight, scale, kinds[0], rows, [K] * len(rows), wide.dtype)
     out = [linear(wide, part) for part in W]
     if L is not None and R is not None and L_scale is not None and R_scale is not None:
@@ -78,6 +82,12 @@ def linear_cpu(
         Rs = _parts(R, R_scale, kinds[2], rows, ranks, wide.dtype)
         out = [y + linear(linear(wide, A), B) for y, A, B in zip(out, Ls, Rs)]
     return torch.cat(out, -1).to(x.dtype)
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """Every row as 8-bit integers times a step of its own, max |x| / 127, would carry it."""
+    step = x.abs().amax(-1, keepdim=True) / 127 if x.numel() else x
+    return torch.where(step > 0, (x * (1 / step)).round() * step, 0.0).to(x.dtype)
 
 
 def _parts(
@@ -160,14 +170,26 @@ def _check_size(
     )
 
 
-def _fake(x: Tensor, *args: object) -> Tensor:
-    _check(x, *args)  # type: ignore[arg-type]
-    return x.new_empty(*x.shape[:-1], sum(args[-2]))  # type: ignore[call-overload]
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    L: Tensor | None,
+    L_scale: Tensor | None,
+    R: Tensor | None,
+    R_scale: Tensor | None,
+    form: list[int],
+    rows: list[int],
+    ranks: list[int],
+    rounded: bool = False,
+) -> Tensor:
+    _check(x, weight, scale, L, L_scale, R, R_scale, form, rows, ranks)
+    return x.new_empty(*x.shape[:-1], sum(rows))
 
 
 _LIBRARY.define(
     "linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? L, Tensor? L_scale, Tensor? R, "
-    "Tensor? R_scale, int[] form, int[] rows, int[] ranks) -> Tensor",
+    "Tensor? R_scale, int[] form, int[] rows, int[] ranks, bool rounded=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("linear_cpu", linear_cpu, "CompositeExplicitAutograd")

@@ -9,6 +9,7 @@ from slimfx.capture import capture
 from slimfx.compress import compress
 from slimfx.errors import SlimError
 from slimfx.evaluate import evaluate
+from slimfx.export import export
 from slimfx.generate import generate
 from slimfx.plan import plan
 from slimfx.recipe import Recipe
@@ -21,6 +22,7 @@ __all__ = [
     "check",
     "compress",
     "evaluate",
+    "export",
     "generate",
     "load",
     "plan",

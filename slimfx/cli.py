@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused with one line on what and why, 2 wrong usage, 3 a 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -263,6 +264,38 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
         },
         False,
     )
+
+
+@app.command()
+def export(
+    artifact: Artifact,
+    target: Annotated[str, typer.Argument(help="aoti: machine code, needs torch alone.")],
+    output: Output,
+    march: Annotated[
+        str, typer.Option(help="native, x86-64-v3 (AVX2) or x86-64-v4 (AVX-512).")
+    ] = "native",
+    accuracy: Annotated[
+        str, typer.Option(help="exact, or int8-activations for faster products.")
+    ] = "exact",
+    as_json: Json = False,
+) -> None:
+    """Write a compressed program for a place that deploys it.
+
+    Example: slimfx export small.pt2 aoti -o small-native.pt2
+    """
+    with show.line("export") as tell:
+        program = slimfx.load(artifact)
+        tell(0.1, f"compile {output}")
+        written = slimfx.export(program, target, output, march=march, accuracy=accuracy)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(written), indent=1))
+        return
+    typer.echo(
+        f"{output}: {show.size(written.bytes)}, {written.linears} compressed linears in "
+        f"{written.kernels} kernel calls"
+    )
+    for reason in written.left:
+        typer.echo(f"left to ATen: {reason}")
 
 
 @app.command()

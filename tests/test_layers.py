@@ -175,14 +175,14 @@ def test_no_function_is_longer_than_60_lines(path: Path) -> None:
     assert long == []
 
 
-def test_no_file_is_longer_than_400_lines_and_all_together_9000() -> None:
-    """6000 until the paper's methods, the layouts, tuning and lm-eval came in."""
+def test_no_file_is_longer_than_400_lines_and_all_together_11000() -> None:
+    """9000 until CPU kernels, their packages, the torch.compile backend and benches came in."""
     lines = {
         name: len(path.read_text(encoding="utf-8").splitlines())
         for name, path in zip(NAMES, SOURCES, strict=True)
     }
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert sum(lines.values()) <= 9000
+    assert sum(lines.values()) <= 11000
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

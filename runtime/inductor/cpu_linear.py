@@ -84,6 +84,7 @@ class LinearTemplate(CppTemplate):
         epilogue_nodes: list[Any] | None = None,
         **_: Any,
     ) -> str:
+        """The C++ source, with the nodes that Inductor fuses behind the op in its store."""
         out = self.output_node if template_buffer_node is None else template_buffer_node
         store = _Store(out, bool(flag_template_buffer_has_other_users), epilogue_nodes or [])
         inputs = dict(zip(self.names, self.input_nodes))
@@ -192,11 +193,14 @@ def lower_linear_cpu(
     form: Sequence[int],
     rows: Sequence[int],
     ranks: Sequence[int],
+    rounded: bool = False,
 ) -> Any:
     """The op's IR node, on x as [M, K]."""
     batch, K = x.get_size()[:-1], V.graph.sizevars.guard_int(x.get_size()[-1])
     M = functools.reduce(lambda a, b: a * b, batch, sympy.Integer(1))
     N = sum(rows)
+    if M == 0:  # Inductor has no views of nothing
+        return lowering.full([*batch, N], 0, dtype=x.get_dtype(), device=x.get_device())
     named = {"X": lowering.view(x, [M, K]), "W": weight, "W_scale": scale}
     if L is not None:
         named |= {"L": L, "L_scale": L_scale, "R": R, "R_scale": R_scale}
@@ -211,7 +215,7 @@ def lower_linear_cpu(
         kinds=forms([int(number) for number in form]),
         rows=[int(N) for N in rows],
         ranks=[int(r) for r in ranks],
-        rounded=False,
+        rounded=bool(rounded),
     )
     template.maybe_append_choice(choices)
     if not choices:

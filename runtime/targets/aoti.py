@@ -25,6 +25,7 @@ from slimfx.errors import ArtifactError
 
 MARCHES = ("native", "x86-64-v3", "x86-64-v4")
 """What code may be built for: this machine, any with AVX2, any with AVX-512."""
+ACCURACIES = ("exact", "int8-activations")
 _RECORD = "slimfx/aoti.json"
 _NEEDS = {"x86-64-v3": ("avx2",), "x86-64-v4": ("avx2", "avx512_f", "avx512_bw", "avx512_vl")}
 _LANES = {"x86-64-v3": 256, "x86-64-v4": 512}
@@ -35,6 +36,7 @@ class Package:
     """What a package was built for and what it takes."""
 
     march: str
+    accuracy: str
     needs: tuple[str, ...]
     """Instruction sets, as torch.cpu.get_capabilities names them."""
     torch: str
@@ -45,7 +47,11 @@ class Package:
 
 
 def save(
-    program: ExportedProgram, path: str | Path, *, march: str = "native"
+    program: ExportedProgram,
+    path: str | Path,
+    *,
+    march: str = "native",
+    accuracy: str = "exact",
 ) -> tuple[int, Lowered]:
     """Compile a program into a package at `path`; bytes written, and what became of its linears.
 
@@ -53,20 +59,25 @@ def save(
 
     Args:
         march: one of `MARCHES`.
+        accuracy: "exact", or "int8-activations": compressed linears round each row of their input
+            to eight bits, which is faster where the processor multiplies such numbers.
 
     Raises:
-        ArtifactError: unknown march, missing folder, or the compiler failed.
+        ArtifactError: unknown march or accuracy, missing folder, or the compiler failed.
     """
     path = Path(path)
     if march not in MARCHES:
         raise ArtifactError(f"march {march!r} is not one of {', '.join(MARCHES)}")
+    if accuracy not in ACCURACIES:
+        raise ArtifactError(f"accuracy {accuracy!r} is not one of {', '.join(ACCURACIES)}")
     if path.suffix != ".pt2":
         raise ArtifactError(f"{path}: torch loads compiled packages from files named .pt2 only")
-    lowered, report = lower_cpu(program)
+    lowered, report = lower_cpu(program, rounded=accuracy == "int8-activations")
     if slimfx_nodes(lowered):
         lowered = decompose(lowered)
     package = Package(
         march=march,
+        accuracy=accuracy,
         needs=_needs(march),
         torch=torch.__version__,
         inputs=tuple(_described(program)),

@@ -1,0 +1,148 @@
+"""Compiled packages: their answers, here and in a process without slimfx, and what is refused."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from models import case, compressed, ids
+from slimfx.runtime.targets import aoti
+from torch import Tensor
+
+import slimfx
+from slimfx.errors import ArtifactError
+from slimfx.export import Exported
+
+_ALONE = """
+import sys, torch
+inputs, expected = torch.load(sys.argv[2])
+logits = torch._inductor.aoti_load_package(sys.argv[1])(**inputs)
+logits = logits if isinstance(logits, torch.Tensor) else logits[0]
+assert "slimfx" not in sys.modules
+assert not hasattr(torch.ops.slimfx, "linear_cpu")
+print((logits - expected).abs().max().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Exported]]:
+    """The tiny Llama for this machine, and for any with AVX2, inputs rounded."""
+    folder = tmp_path_factory.mktemp("aoti")
+    program = compressed("llama", "slim-q")
+    options = {
+        "native": {"march": "native"},
+        "portable": {"march": "x86-64-v3", "accuracy": "int8-activations"},
+    }
+    return {
+        name: (folder / f"{name}.pt2", slimfx.export(program, "aoti", folder / f"{name}.pt2", **o))
+        for name, o in options.items()
+    }
+
+
+Packages = dict[str, tuple[Path, Exported]]
+
+
+def logits(answer: object) -> Tensor:
+    return answer if isinstance(answer, Tensor) else answer[0]  # type: ignore[index]
+
+
+def test_the_package_answers_as_the_program(packages: Packages) -> None:
+    path, written = packages["native"]
+    assert (written.kernels, written.linears, written.left) == (10, 14, ())
+    assert written.bytes == path.stat().st_size
+    run = aoti.load(path)
+    program = compressed("llama", "slim-q").module()
+    for shape in ((1, 2), (2, 7), (3, 40)):
+        tokens = ids(5, *shape)
+        expected = logits(program(input_ids=tokens))
+        assert (logits(run(input_ids=tokens)) - expected).abs().max() <= 1e-5
+
+
+def test_a_process_without_slimfx_gets_the_same(packages: Packages, tmp_path: Path) -> None:
+    inputs = case("llama").inputs
+    with torch.no_grad():
+        expected = logits(compressed("llama", "slim-q").module()(**inputs))
+    torch.save((inputs, expected), tmp_path / "case")
+    command = [sys.executable, "-c", _ALONE, str(packages["native"][0]), str(tmp_path / "case")]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert float(found.stdout) <= 1e-5
+
+
+def test_a_portable_package_rounds_inputs_and_has_no_avx512(
+    packages: Packages, tmp_path: Path
+) -> None:
+    path, _ = packages["portable"]
+    inputs = case("llama").inputs
+    with torch.no_grad():
+        exact = logits(compressed("llama", "slim-q").module()(**inputs))
+        near = logits(aoti.load(path)(**inputs))
+    assert 1e-4 < (near - exact).norm() / exact.norm() < 0.05
+    with zipfile.ZipFile(path) as file:
+        name = next(name for name in file.namelist() if name.endswith(".so"))
+        library = Path(file.extract(name, tmp_path))
+    code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True)
+    assert re.search(r"%ymm\d", code.stdout)
+    assert not re.search(r"%zmm\d", code.stdout)
+
+
+def test_wrong_inputs_are_named(packages: Packages) -> None:
+    run = aoti.load(packages["native"][0])
+    with pytest.raises(ArtifactError, match=r"input_ids: torch.float32, not torch.int64"):
+        run(input_ids=torch.zeros(1, 4))
+    with pytest.raises(ArtifactError, match=r"input_ids: shape \(1, 65\), exported for \["):
+        run(input_ids=ids(0, 1, 65))
+    with pytest.raises(ArtifactError, match="the program takes input_ids; 2 tensors were given"):
+        run(ids(0, 1, 4), ids(0, 1, 4))
+
+
+def changed(path: Path, target: Path, **fields: object) -> Path:
+    """The same package with other words about itself."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("slimfx/aoti.json"):
+                data = json.dumps({**json.loads(data), **fields}).encode()
+            new.writestr(entry, data)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"needs": ["amx_fp8"], "march": "native"}, "this processor has no amx_fp8"),
+        ({"torch": "2.9.1+cpu"}, r"was built for torch 2.9.1\+cpu, this is"),
+    ],
+)
+def test_a_package_for_another_place_is_refused(
+    packages: Packages, tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    path = changed(packages["native"][0], tmp_path / "other.pt2", **fields)
+    with pytest.raises(ArtifactError, match=message):
+        aoti.load(path)
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    program = compressed("llama", "slim-q")
+    for target, path, options, message in (
+        ("onyx", "a.pt2", {}, "target 'onyx' is not one of aoti"),
+        ("aoti", "a.pt2", {"march": "z80"}, "march 'z80' is not one of native"),
+        ("aoti", "a.pt2", {"accuracy": "low"}, "accuracy 'low' is not one of exact"),
+        ("aoti", "a.so", {}, "named .pt2"),
+        ("aoti", "missing/a.pt2", {}, "no such folder"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            slimfx.export(program, target, tmp_path / path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_are_no_packages(tmp_path: Path) -> None:
+    (tmp_path / "text.pt2").write_text("text")
+    slimfx.save(compressed("llama", "slim-q"), tmp_path / "program.pt2")
+    with pytest.raises(ArtifactError, match="not a complete compiled package"):
+        aoti.read(tmp_path / "text.pt2")
+    with pytest.raises(ArtifactError, match="holds no compiled program of slimfx"):
+        aoti.load(tmp_path / "program.pt2")
