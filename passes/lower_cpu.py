@@ -162,35 +162,36 @@ def _can_join(group: list[_Found]) -> bool:
 
 def _linears(graph: Graph, read: Read) -> list[_Linear]:
     """Every compressed linear, with the adapters added to it."""
-    found = {}
-    adapters = set()
-    for node in graph.nodes:
+    found: dict[Node, _Linear] = {}
+    adapters: set[Node] = set()
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
         if node.target not in _ADDS or not isinstance(node.args[1], Node):
             continue
         linear = _with_adapters(node, read)
         if linear is not None:
             found[linear.base] = linear
-            second = node.args[1]
+            second: Any = node.args[1]
             adapters |= {second, second.args[0]}
-    for node in graph.nodes:
+    for node in nodes:
         if node.target in _STORED and node not in found and node not in adapters:
             weight = _matrix(node, read)
             if weight is not None:
                 found[node] = _Linear(node, None, node.args[0], weight, _rows(weight))
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    order = {node: i for i, node in enumerate(nodes)}
     return sorted(found.values(), key=lambda linear: order[linear.base])
 
 
-def _with_adapters(total: Node, read: Read) -> _Linear | None:
+def _with_adapters(total: Any, read: Read) -> _Linear | None:
     """`total` as weight [+ bias] + second(first(x)), if it is that."""
     left, second = total.args[:2]
-    base = left.args[0] if isinstance(left, Node) and left.target in _ADDS else left
-    first = second.args[0] if isinstance(second, Node) and second.args else None
+    base: Any = left.args[0] if isinstance(left, Node) and left.target in _ADDS else left
+    first: Any = second.args[0] if isinstance(second, Node) and second.args else None
     if not all(isinstance(node, Node) for node in (base, first)):
         return None
     if base.target not in _STORED or base.args[0] is not first.args[0]:
         return None
-    if len(second.users) > 1 or len(first.users) > 1 or len(base.users) > 1:
+    if any(len(node.users) > 1 for node in (base, left, first, second)):
         return None
     weight, L, R = (_matrix(node, read) for node in (base, first, second))
     if weight is None or L is None or R is None or isinstance(weight, Tensor):
@@ -198,7 +199,7 @@ def _with_adapters(total: Node, read: Read) -> _Linear | None:
     return _Linear(base, total, base.args[0], weight, _rows(weight), L, R, _rows(L))
 
 
-def _matrix(node: Node, read: Read) -> Any:
+def _matrix(node: Any, read: Read) -> Any:
     """The stored matrix that a node multiplies by, or None."""
     if node.target in _LINEARS:
         weight = node.args[1]
@@ -226,7 +227,7 @@ def _replaced(
 ) -> Iterator[tuple[Node, Node]]:
     """Insert the op of a group; what takes the place of what."""
     linears = [linear for linear, _ in group]
-    base = linears[0].base
+    base: Any = linears[0].base
     like = base.args[1]
     names = ("weight", "L", "R")[: len(group[0][1])]
     args: list[Any] = [base.args[0]]

@@ -124,7 +124,7 @@ def _lay_out_(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
     def make(like: Node, name: str, tensor: Tensor) -> Node:
         unique = f"{like.name}_{name}"
         gm.register_buffer(unique, tensor)
-        gm._param_name_to_source[unique] = ConstantSource(unique)  # type: ignore[operator,index]
+        gm._param_name_to_source[unique] = ConstantSource(unique)  # type: ignore[operator,index,assignment]
         with gm.graph.inserting_after(placeholders[-1]):
             node = gm.graph.get_attr(unique)
         mode = like.meta["example_value"].fake_mode

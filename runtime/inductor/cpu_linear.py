@@ -40,11 +40,11 @@ extern "C"
 {%- endfor %}
   };
   slimfx::linear<{{stored}}, {{rounded}}>(X, M, {{K}}, parts, {{parts|length}},
-      [&](int64_t n0, int64_t width, float* acc) {
-    const int64_t n1 = n0 + width;
-{%- set tile = kernel.slice_nd(local, [(), ("0", "n1 - n0")]) %}
-{%- set tile_Y = kernel.slice_nd(Y_2d, [(), ("n0", "n1")]) %}
-    {{ kernel.store_output(tile_Y, tile, template_out, epilogue_nodes, offsets=("0", "n0"),
+      [&](int64_t m0, int64_t rows, int64_t n0, int64_t width, float* acc) {
+    const int64_t m1 = m0 + rows, n1 = n0 + width;
+{%- set tile = kernel.slice_nd(local, [("0", "m1 - m0"), ("0", "n1 - n0")]) %}
+{%- set tile_Y = kernel.slice_nd(Y_2d, [("m0", "m1"), ("n0", "n1")]) %}
+    {{ kernel.store_output(tile_Y, tile, template_out, epilogue_nodes, offsets=("m0", "n0"),
                            reindexers=reindexers)|indent(4, false) }}
   });
 }
@@ -85,7 +85,7 @@ class LinearTemplate(CppTemplate):
         **_: Any,
     ) -> str:
         """The C++ source, with the nodes that Inductor fuses behind the op in its store."""
-        out = self.output_node if template_buffer_node is None else template_buffer_node
+        out: Any = self.output_node if template_buffer_node is None else template_buffer_node
         store = _Store(out, bool(flag_template_buffer_has_other_users), epilogue_nodes or [])
         inputs = dict(zip(self.names, self.input_nodes))
         names = [f"Stored<{_CONSTANTS[kind.where]}, {kind.bits}>" for kind in self.kinds]

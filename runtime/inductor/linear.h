@@ -584,12 +584,15 @@ struct Scratch {
 static inline float as_float(float x) { return x; }
 template <class T> static inline float as_float(T x) { return static_cast<float>(x); }
 
-// x [M, inputs] in rows of `inputs`; K is inputs rounded up to 16. `store(n, width, y)` takes
-// columns n to n + width of all rows, from y [M][WIDTH].
+// As many rows of x as stay in the caches while all weights pass by.
+static inline int64_t rows_at_once(int64_t K) {
+  constexpr int64_t unit = 48, bytes = 8 << 20;  // a multiple of every BLOCK_ROWS
+  return std::clamp<int64_t>(bytes / (4 * K) / unit, 1, 5) * unit;
+}
+
 template <class W, class L, class R, bool ROUND, class T, class Store>
-static inline void linear(const T* x, int64_t M, int64_t inputs, const Part* parts, int count,
-                          Store&& store) {
-  if (M == 0) return;
+static inline void some_rows(const T* x, int64_t M, int64_t inputs, const Part* parts, int count,
+                             Store&& store) {
   const int64_t K = parts[0].weight.K;
   const Part& last = parts[count - 1];
   const int64_t hidden_rows = last.hidden + last.rank, columns = last.start + last.rows;
@@ -680,6 +683,21 @@ static inline void linear(const T* x, int64_t M, int64_t inputs, const Part* par
       }
       store(n, width, y);
     }
+  }
+}
+
+// x [M, inputs] in rows of `inputs`; K is inputs rounded up to 16. `store(m, rows, n, width, y)`
+// takes rows m to m + rows of columns n to n + width, from y [rows][WIDTH].
+template <class W, class L, class R, bool ROUND, class T, class Store>
+static inline void linear(const T* x, int64_t M, int64_t inputs, const Part* parts, int count,
+                          Store&& store) {
+  const int64_t most = rows_at_once(parts[0].weight.K);
+  for (int64_t m = 0; m < M; m += most) {
+    const int64_t rows = std::min(most, M - m);
+    some_rows<W, L, R, ROUND>(x + m * inputs, rows, inputs, parts, count,
+                              [&](int64_t n, int64_t width, float* y) {
+                                store(m, rows, n, width, y);
+                              });
   }
 }
 

@@ -151,8 +151,12 @@ def read(path: str | Path) -> Package:
             names = [name for name in file.namelist() if name.endswith(f"/{_RECORD}")]
             if not names:
                 raise ArtifactError(f"{path}: holds no compiled program of slimfx")
-            fields = json.loads(file.read(names[0]))
-        return Package(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            fields: dict[str, Any] = json.loads(file.read(names[0]))
+        found: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return Package(**found)
     except (zipfile.BadZipFile, OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: not a complete compiled package ({error})") from error
 

@@ -38,9 +38,9 @@ using namespace slimfx;
 struct Shape {{ int64_t M, inputs, count; }};
 extern "C" void run(int which, const float* x, const Shape* s, const Part* parts, float* y,
                     int64_t columns) {{
-  auto store = [&](int64_t n, int64_t width, const float* acc) {{
-    for (int64_t m = 0; m < s->M; ++m)
-      for (int64_t i = 0; i < width; ++i) y[m * columns + n + i] = acc[m * WIDTH + i];
+  auto store = [&](int64_t m0, int64_t rows, int64_t n, int64_t width, const float* acc) {{
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t i = 0; i < width; ++i) y[(m0 + m) * columns + n + i] = acc[m * WIDTH + i];
   }};
   switch (which) {{
 {cases}
@@ -162,7 +162,7 @@ def test_every_kernel_multiplies_as_the_reference(build: str, which: int, adapte
             ranks=[rank],
             scales="tensor" if weight[1] >= 16 else scales,
         )
-        for M in (1, 2, 3, 7, 16, 33, 65):
+        for M in (1, 2, 3, 7, 16, 33, 65, 301):
             x = torch.randn(M, K)
             assert_near(multiplied(build, which, case, x), case(x.double()), K)
 
