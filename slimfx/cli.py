@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.export import ExportedProgram
 
 import slimfx
-from slimfx import cli_bench, show, tasks
+from slimfx import cli_bench, cli_bench_kernels, cli_bench_model, show, tasks
 from slimfx.errors import PlanError, SlimError
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
@@ -33,6 +33,8 @@ app = typer.Typer(
     help="Compress exported PyTorch programs to 2:4-sparse int4 weights plus low-rank adapters.",
 )
 
+cli_bench.app.command()(cli_bench_kernels.kernels)
+cli_bench.app.command()(cli_bench_model.model)
 app.add_typer(cli_bench.app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]

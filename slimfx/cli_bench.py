@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -26,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Tables of methods and solvers, measured on this machine.",
 )
+Row = TypeVar("Row")
+"""Of any table."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -83,9 +85,9 @@ def methods(
     Console().print(methods_table(rows))
 
 
-def collect(rows: Iterable[bench_methods.Row], output: Path | None) -> list[bench_methods.Row]:
+def collect(rows: Iterable[Row], output: Path | None) -> list[Row]:
     """All rows; those that are there are in `output`, if a file is named, should the rest fail."""
-    found: list[bench_methods.Row] = []
+    found: list[Row] = []
     for row in rows:
         found.append(row)
         if output is not None:

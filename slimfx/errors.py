@@ -37,6 +37,8 @@ _EXTRAS = {
     "tokenizers": "hf",
     "datasets": "hf",
     "lm_eval": "eval",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
     "matplotlib": "plots",
 }
 

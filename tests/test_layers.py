@@ -26,7 +26,7 @@ OPTIONAL = (
     *("transformers", "tokenizers", "datasets", "triton", "onnx", "executorch"),
     *("matplotlib", "lm_eval"),
 )
-TERMINAL = {"cli.py", "cli_bench.py", "show.py"}
+TERMINAL = {"cli.py", "cli_bench.py", "cli_bench_kernels.py", "cli_bench_model.py", "show.py"}
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.jit")
 
 
@@ -106,7 +106,11 @@ def test_maths_graph_and_files_keep_to_their_layer(folder: str) -> None:
 
 
 def test_only_the_command_line_knows_the_terminal() -> None:
-    known = ("typer", "rich", "slimfx.cli", "slimfx.cli_bench", "slimfx.show")
+    known = (
+        *("typer", "rich", "slimfx.cli", "slimfx.cli_bench", "slimfx.cli_bench_kernels"),
+        "slimfx.cli_bench_model",
+        "slimfx.show",
+    )
     assert {path.name for path in SOURCES} >= TERMINAL
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"

@@ -1,0 +1,29 @@
+"""`bench model`: sane rows, each from a process of its own, and clear refusals."""
+
+import pytest
+
+from slimfx import bench_model
+from slimfx.errors import SlimError
+
+
+def test_the_rows_are_sane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_model, "VARIANTS", ("float32", "compressed"))
+    told: list[str] = []
+    dense, small = bench_model.bench_model(
+        size="tiny", tokens=3, batch=5, threads=1, progress=lambda share, name: told.append(name)
+    )
+    assert told == ["float32", "compressed"]
+    assert small.linear_bytes < 0.15 * dense.linear_bytes  # 2:4 int4 with adapters: 3.7 bits
+    assert small.weight_bytes < dense.weight_bytes
+    for row in (dense, small):
+        assert row.one > 0 and row.many > 0
+        assert row.resident > row.weight_bytes
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(SlimError, match="size '9t' is not one of tiny, 1b, 3b"):
+        bench_model.bench_model(size="9t")
+    with pytest.raises(
+        SlimError, match=r"float32 failed: slimfx\.errors\.SlimError: missing: no such"
+    ):
+        bench_model.bench_model("missing")
