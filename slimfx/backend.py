@@ -11,6 +11,7 @@ not count.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -29,11 +30,12 @@ from slimfx.data import is_batches
 from slimfx.dynamo_graph import Captured, Input, capture_graph, export_graph, shape_of
 from slimfx.errors import CalibrationError, SlimError
 from slimfx.passes.find_linears import Site, find_linears
-from slimfx.passes.lower_cpu import lower_cpu, lower_graph
+from slimfx.passes.lower_cpu import Lowered, lower_cpu, lower_graph
 from slimfx.passes.replace_linears import packed_linear, replace_linears
 from slimfx.recipe import Recipe
 from slimfx.runtime.ops import REFERENCES
 from slimfx.runtime.pack import PackedLinear
+from slimfx.runtime.targets.aoti import ACCURACIES
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Options:
     """Calls that run the float model and are remembered, where there is no calibration."""
     on_change: str = "error"
     """When a weight changes after compression: "error", or "recompress" to start again."""
+    accuracy: str = "exact"
+    """As `slimfx.export` takes it: "exact" or "int8-activations"."""
 
     def __post_init__(self) -> None:
         calls = self.calibration_calls
@@ -57,6 +61,15 @@ class Options:
             raise SlimError(
                 f"backend slim: on_change {self.on_change!r} is not one of error, recompress"
             )
+        if self.accuracy not in ACCURACIES:
+            raise SlimError(
+                f"backend slim: accuracy {self.accuracy!r} is not one of {', '.join(ACCURACIES)}"
+            )
+
+    @property
+    def rounded(self) -> bool:
+        """Do compressed linears round their inputs to eight bits?"""
+        return self.accuracy == "int8-activations"
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> Options:
@@ -96,6 +109,8 @@ def slim(
     matrices = [i for i in captured.inputs if i.kind == "held" and len(shape_of(i.node)) == 2]
     if _is_compressed(gm) or not matrices:
         with torch.no_grad():
+            if _is_compressed(gm):
+                _lay_out_(gm, example_inputs, chosen)
             run = _lower(gm, example_inputs)
     else:
         run = _OnTheFly(captured, chosen)
@@ -112,11 +127,10 @@ def _lower(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]
     """Compile a graph; the one place that does."""
     from slimfx.runtime.inductor import compile_graph  # loads the compiler, slow
 
-    _lay_out_(gm, example_inputs)
     return compile_graph(gm, example_inputs)
 
 
-def _lay_out_(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+def _lay_out_(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
     """Give a graph of stored weights, which Dynamo made inputs, constants as the kernels read."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     stored = dict(zip(placeholders, example_inputs, strict=True))
@@ -131,8 +145,18 @@ def _lay_out_(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
         return node
 
-    if lower_graph(gm.graph, stored.get, make).ops:
-        gm.recompile()
+    report = lower_graph(gm.graph, stored.get, make, rounded=options.rounded)
+    gm.recompile()
+    _warn_of(report)
+
+
+def _warn_of(report: Lowered) -> None:
+    if report.left:
+        warnings.warn(
+            f"backend slim: {len(report.left)} compressed linears have no kernel and run as ATen, "
+            f"slowly; the first: {report.left[0]}",
+            stacklevel=2,
+        )
 
 
 def _refusing(kind: type[SlimError], message: str) -> Callable[..., Any]:
@@ -167,7 +191,8 @@ class _OnTheFly:
             return self.captured.gm(*args)
         if self.compiled is None:
             program = _compressed(self.captured, args, self.options, self.calls)
-            lowered, _ = lower_cpu(program)
+            lowered, report = lower_cpu(program, rounded=self.options.rounded)
+            _warn_of(report)
             self.compiled = torch.compile(lowered.module(), backend=_lower)
             self.marks = {name: _Mark.of(tensor) for name, tensor in held.items()}
             self.numbers = self.captured.numbers(args)

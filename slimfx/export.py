@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,4 +49,10 @@ def export(
     if target not in TARGETS:
         raise ArtifactError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     size, report = aoti.save(program, path, march=march, accuracy=accuracy)
+    if report.left:
+        warnings.warn(
+            f"{path}: {len(report.left)} compressed linears have no kernel and were written out in "
+            f"ATen, which is slow; the first: {report.left[0]}",
+            stacklevel=2,
+        )
     return Exported(size, report.ops, report.linears, report.left)

@@ -518,3 +518,29 @@ def test_torch_finds_it_without_an_import(tmp_path: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert done.stdout.split() == ["True", "False", "True"]
+
+
+def test_eight_bit_inputs_are_an_option() -> None:
+    model, x = Mlp().eval(), normal(3, 5, 16)
+    exact, near = (
+        compiled(model, True, calibration=BATCHES, accuracy=accuracy)
+        for accuracy in ("exact", "int8-activations")
+    )
+    error = (exact(x) - near(x)).norm() / exact(x).norm()
+    assert 1e-4 < error < 0.05
+    small = reference(model, "slim", x)
+    torch.testing.assert_close(compiled(small, True, accuracy="int8-activations")(x), near(x))
+    with pytest.raises(SlimError, match="accuracy 'low' is not one of exact, int8-activations"):
+        compiled(model, accuracy="low")(x)
+
+
+@pytest.mark.parametrize("on_the_fly", [True, False])
+def test_linears_without_a_kernel_are_warned_of(on_the_fly: bool) -> None:
+    model, x = Mlp().eval(), normal(3, 5, 16)
+    small = reference(model, "wanda", x)
+    if on_the_fly:
+        run = compiled(model, True, recipe=RECIPES["wanda"], calibration=BATCHES)
+    else:
+        run = compiled(small)
+    with pytest.warns(UserWarning, match="2 compressed linears have no kernel .* groups of 8"):
+        torch.testing.assert_close(run(x), small(x))
