@@ -89,7 +89,8 @@ def save(
             _compile(lowered, compiled, march)
             with zipfile.ZipFile(compiled, "a") as file:
                 root = file.namelist()[0].partition("/")[0]
-                file.writestr(f"{root}/{_RECORD}", json.dumps(asdict(package), sort_keys=True))
+                record = zipfile.ZipInfo(f"{root}/{_RECORD}", (1980, 1, 1, 0, 0, 0))
+                file.writestr(record, json.dumps(asdict(package), sort_keys=True))
             compiled.replace(part)
         finally:
             compiled.unlink(missing_ok=True)
@@ -102,6 +103,8 @@ def _compile(program: ExportedProgram, path: Path, march: str) -> None:
     from torch._inductor.exc import InductorError
 
     options: dict[str, Any] = {"freezing": False}
+    if hasattr(config.aot_inductor, "enable_line_tables"):  # half the overhead, and paths
+        options["aot_inductor.enable_line_tables"] = False
     if march != "native":
         options |= {"cpp.march": march, "cpp.simdlen": _LANES[march]}
     try:
