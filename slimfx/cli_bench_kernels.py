@@ -79,17 +79,18 @@ def kernels_table(rows: Sequence[KernelRow]) -> Table:
 def _note(rows: Sequence[KernelRow]) -> str:
     noise = max(row.seconds / row.fastest for row in rows if row.seconds and row.fastest)
     ceiling = max(row.ceiling for row in rows if row.ceiling)
+    missing = dict.fromkeys(f"{row.name}: {row.note}" for row in rows if row.note)
     return (
         f"Milliseconds of the median call on {torch.get_num_threads()} thread(s), and float32's "
         f"divided by them; under ours GB/s of weights and the share of a plain read, which has "
         f"{ceiling:.1f} GB/s. Medians are up to {noise:.1f} times the fastest call: the less, the "
-        f"quieter the machine."
+        f"quieter the machine." + "".join(f" {each}." for each in missing)
     )
 
 
 def _cell(row: KernelRow) -> str:
     if row.seconds is None:
-        return row.note.replace(" ", "\n")
+        return "-"
     time = 1e3 * row.seconds
     lines = [f"{time:.3g}" if time < 1000 else f"{time:.0f}"]
     if row.name != FLOAT:
