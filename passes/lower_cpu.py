@@ -273,12 +273,11 @@ def _drop_read_buffers(change: Edit, specs: dict[str, Any]) -> None:
     unread = {
         node.name: node
         for node in change.graph.nodes
-        if node.op == "placeholder" and not node.users and PREFIX in node.name
+        if node.name in specs and not node.users and f".{PREFIX}" in str(specs[node.name].target)
     }
     for name, node in unread.items():
-        if name in specs:
-            del change.state_dict[str(specs[name].target)]
-            change.graph.erase_node(node)
+        del change.state_dict[str(specs[name].target)]
+        change.graph.erase_node(node)
     change.signature.input_specs[:] = [
         spec
         for spec in change.signature.input_specs

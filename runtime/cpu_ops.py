@@ -69,7 +69,7 @@ def linear_cpu(
         ranks: r of each part, empty without adapters.
         rounded: each row of x is rounded to multiples of max |x| / 127 first.
     """
-    _check(x, weight, scale, L, L_scale, R, R_scale, form, rows, ranks)
+    _check(x, (weight, scale, L, L_scale, R, R_scale), form, rows, ranks)
     K = x.shape[-1]
     kinds = forms(form)
     wide = x.to(torch.float32) if x.dtype is torch.bfloat16 else x
@@ -117,17 +117,13 @@ def groups(form: Form, K: int) -> int:
 
 def _check(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    L: Tensor | None,
-    L_scale: Tensor | None,
-    R: Tensor | None,
-    R_scale: Tensor | None,
+    tensors: Sequence[Tensor | None],
     form: list[int],
     rows: list[int],
     ranks: list[int],
 ) -> None:
-    adapters = [tensor is not None for tensor in (L, L_scale, R, R_scale)]
+    """`tensors`: data and scale of the weight, then of L and R."""
+    adapters = [tensor is not None for tensor in tensors[2:]]
     torch._check(
         x.dtype in (torch.float32, torch.bfloat16, torch.float64),
         lambda: f"linear_cpu: x is {x.dtype}, not float32 or bfloat16",
@@ -138,14 +134,15 @@ def _check(
     )
     torch._check(
         all(N % LANES == 0 for N in rows[:-1])
-        and len(ranks) == (len(rows) if L is not None else 0),
+        and len(ranks) == (len(rows) if all(adapters) else 0),
         lambda: f"linear_cpu: rows {rows} and ranks {ranks} of its parts",
     )
     K, kinds = x.shape[-1], forms(form)
-    _check_size("weight", weight, scale, kinds[0], rows, [K] * len(rows))
-    if L is not None and R is not None and L_scale is not None and R_scale is not None:
-        _check_size("L", L, L_scale, kinds[1], ranks, [K] * len(ranks))
-        _check_size("R", R, R_scale, kinds[2], rows, ranks)
+    shapes = ((rows, [K] * len(rows)), (ranks, [K] * len(ranks)), (rows, ranks))
+    for i, (name, kind) in enumerate(zip(("weight", "L", "R"), kinds)):
+        data, scale = tensors[2 * i : 2 * i + 2]
+        assert data is not None and scale is not None  # as many kinds as matrices
+        _check_size(name, data, scale, kind, *shapes[i])
 
 
 def _check_size(
@@ -183,7 +180,7 @@ def _fake(
     ranks: list[int],
     rounded: bool = False,
 ) -> Tensor:
-    _check(x, weight, scale, L, L_scale, R, R_scale, form, rows, ranks)
+    _check(x, (weight, scale, L, L_scale, R, R_scale), form, rows, ranks)
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 

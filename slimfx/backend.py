@@ -107,9 +107,10 @@ def slim(
     except SlimError as error:
         return _refusing(type(error), str(error))
     matrices = [i for i in captured.inputs if i.kind == "held" and len(shape_of(i.node)) == 2]
-    if _is_compressed(gm) or not matrices:
+    compressed = _is_compressed(gm)
+    if compressed or not matrices:
         with torch.no_grad():
-            if _is_compressed(gm):
+            if compressed:
                 _lay_out_(gm, example_inputs, chosen)
             run = _lower(gm, example_inputs)
     else:

@@ -8,7 +8,7 @@
 //   bitmask  uint32 of which of 16 rows x 2 inputs stay; their codes, packed, in a stream of its own
 //
 // Codes of 4 and 8 bits are two's complement, of 16 bfloat16, of 32 float32. Scales are bfloat16
-// [tiles, groups, 16]. Nothing here allocates or knows torch.
+// [tiles, groups, 16]. Nothing here knows torch.
 #ifndef SLIMFX_LINEAR_H
 #define SLIMFX_LINEAR_H
 #include <algorithm>
@@ -567,9 +567,9 @@ struct Part {
   Matrix weight, first, second;
 };
 
-// Memory a call needs, which the caller provides; see `linear`.
+// Where in the memory of a call its parts begin.
 struct Scratch {
-  int64_t x, packed, hidden, packed_hidden, codes, total;  // offsets and size, in floats
+  int64_t x, packed, hidden, packed_hidden, codes, total;  // in floats
   Scratch(int64_t M, int64_t K, int64_t hidden_rows, bool copies, bool blocked, bool rounded) {
     const int64_t blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
     x = 0;

@@ -63,7 +63,8 @@ def save(
             to eight bits, which is faster where the processor multiplies such numbers.
 
     Raises:
-        ArtifactError: unknown march or accuracy, missing folder, or the compiler failed.
+        ArtifactError: unknown march or accuracy, missing folder, torch before 2.12, or the compiler
+            failed.
     """
     path = Path(path)
     if march not in MARCHES:
@@ -72,29 +73,34 @@ def save(
         raise ArtifactError(f"accuracy {accuracy!r} is not one of {', '.join(ACCURACIES)}")
     if path.suffix != ".pt2":
         raise ArtifactError(f"{path}: torch loads compiled packages from files named .pt2 only")
-    lowered, report = lower_cpu(program, rounded=accuracy == "int8-activations")
-    if slimfx_nodes(lowered):
-        lowered = decompose(lowered)
-    package = Package(
-        march=march,
-        accuracy=accuracy,
-        needs=_needs(march),
-        torch=torch.__version__,
-        inputs=tuple(_described(program)),
-        left=report.left,
-    )
-    with archive.atomic(path) as part:
+    with archive.atomic(path) as part:  # looks at the folder before any work
+        lowered, report = lower_cpu(program, rounded=accuracy == "int8-activations")
+        if slimfx_nodes(lowered):
+            lowered = decompose(lowered)
+        package = Package(
+            march=march,
+            accuracy=accuracy,
+            needs=_needs(march),
+            torch=torch.__version__,
+            inputs=tuple(_described(program)),
+            left=report.left,
+        )
         compiled = part.with_suffix(".pt2")
         try:
             _compile(lowered, compiled, march)
-            with zipfile.ZipFile(compiled, "a") as file:
-                root = file.namelist()[0].partition("/")[0]
-                record = zipfile.ZipInfo(f"{root}/{_RECORD}", (1980, 1, 1, 0, 0, 0))
-                file.writestr(record, json.dumps(asdict(package), sort_keys=True))
+            _describe(compiled, package)
             compiled.replace(part)
         finally:
             compiled.unlink(missing_ok=True)
         return part.stat().st_size, report
+
+
+def _describe(path: Path, package: Package) -> None:
+    """Add slimfx's record to a package of torch."""
+    with zipfile.ZipFile(path, "a") as file:
+        root = file.namelist()[0].partition("/")[0]
+        record = zipfile.ZipInfo(f"{root}/{_RECORD}", (1980, 1, 1, 0, 0, 0))
+        file.writestr(record, json.dumps(asdict(package), sort_keys=True))
 
 
 def _compile(program: ExportedProgram, path: Path, march: str) -> None:
@@ -128,8 +134,7 @@ def load(path: str | Path) -> Callable[..., Any]:
             f"{path}: was built for {package.march}, this processor has no {', '.join(missing)}; "
             f"export it with march='x86-64-v3', or on this machine"
         )
-    ours, theirs = (version.split("+")[0].rsplit(".", 1)[0] for version in _versions(package))
-    if ours != theirs:
+    if _minor(package.torch) != _minor(torch.__version__):
         raise ArtifactError(
             f"{path}: was built for torch {package.torch}, this is {torch.__version__}; compiled "
             f"packages hold for one minor version: export it again"
@@ -172,12 +177,16 @@ def _needs(march: str) -> tuple[str, ...]:
 
 
 def _capabilities() -> dict[str, Any]:
-    found = getattr(torch.cpu, "get_capabilities", None)
-    return dict(found()) if found is not None else {}
+    if not hasattr(torch.cpu, "get_capabilities"):
+        raise ArtifactError(
+            f"torch {torch.__version__} does not say what the processor can do, which compiled "
+            f"packages depend on; install torch 2.12 or later"
+        )
+    return dict(torch.cpu.get_capabilities())
 
 
-def _versions(package: Package) -> tuple[str, str]:
-    return torch.__version__, package.torch
+def _minor(version: str) -> str:
+    return version.split("+")[0].rpartition(".")[0]
 
 
 def _described(program: ExportedProgram) -> list[dict[str, Any]]:

@@ -98,9 +98,8 @@ def _block_lanczos(
     first, stride = (b * math.ceil(share * rank / b) for share in (_FIRST, _STRIDE))
     limit = n // 2
     draw = torch.Generator().manual_seed(0)
-    Q = (
-        factors[0].new_empty(limit + b, n, dtype=wide).T
-    )  # columns that are not reached cost nothing
+    # by columns, so that memory of those that are not reached is never touched
+    Q = factors[0].new_empty(limit + b, n, dtype=wide).T
     T = factors[0].new_zeros(limit, limit, dtype=wide)
     Q[:, :b] = torch.linalg.qr(_normal(n, b, draw, Q)).Q
     trace = None
