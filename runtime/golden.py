@@ -50,10 +50,10 @@ def record(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> by
     plain = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
     tensors |= {f"output.{i}": _sample(t) for i, t in enumerate(outputs)}
     metadata = {"plain": json.dumps(plain), "digests": json.dumps([_digest(t) for t in outputs])}
-    return _ordered(safetensors.torch.save(tensors, metadata=metadata))
+    return ordered(safetensors.torch.save(tensors, metadata=metadata))
 
 
-def _ordered(data: bytes) -> bytes:
+def ordered(data: bytes) -> bytes:
     """The same file, its header's keys in order: safetensors keeps metadata in a hash map."""
     length = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from slimfx.errors import ArtifactError
 
-FORMAT = (1, 0)
+FORMAT = (1, 1)
 """Major changes are refused by older readers, minor ones only add keys."""
 
 _KEY = "slimfx"
@@ -54,6 +54,8 @@ class Manifest:
     tokenizer: str | None = None
     """A `tokenizers` JSON document."""
     eos_token: int | None = None
+    model_files: Mapping[str, Any] = field(default_factory=dict)
+    """Name -> content of the JSON files beside the weights of a Hugging Face model."""
 
     def to_json(self) -> str:
         """Everything but the tokenizer, with sorted keys."""

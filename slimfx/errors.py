@@ -36,9 +36,15 @@ _EXTRAS = {
     "transformers": "hf",
     "tokenizers": "hf",
     "datasets": "hf",
+    "peft": "hf",
+    "compressed_tensors": "hf",
     "lm_eval": "eval",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "executorch": "executorch",
+    "torchao": "executorch",
+    "triton": "triton",
     "matplotlib": "plots",
 }
 

@@ -569,14 +569,16 @@ struct Part {
 
 // Where in the memory of a call its parts begin.
 struct Scratch {
-  int64_t x, packed, hidden, packed_hidden, codes, total;  // in floats
-  Scratch(int64_t M, int64_t K, int64_t hidden_rows, bool copies, bool blocked, bool rounded) {
+  int64_t x, packed, hidden, packed_hidden, sums, codes, total;  // in floats
+  Scratch(int64_t M, int64_t K, int64_t hidden_rows, int64_t columns, bool copies, bool blocked,
+          bool rounded) {
     const int64_t blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
     x = 0;
     packed = x + (copies ? M * K : 0);
     hidden = packed + (blocked ? blocks * K : 0);
     packed_hidden = hidden + (blocked ? 0 : M * hidden_rows);
-    codes = packed_hidden + (blocked ? blocks * hidden_rows : 0);
+    sums = packed_hidden + (blocked ? blocks * hidden_rows : 0);
+    codes = sums + (hidden_rows && !blocked ? M * ((columns + WIDTH - 1) / WIDTH * WIDTH) : 0);
     total = codes + (rounded ? M + (M * K + 3) / 4 : 0);
   }
 };
@@ -600,7 +602,7 @@ static inline void some_rows(const T* x, int64_t M, int64_t inputs, const Part* 
   const bool blocked = !integers && M > (W::WHERE == TWO_FOUR ? 48 : 32);
   const bool copies = ROUND || inputs != K || !std::is_same<T, float>::value;
   const int64_t blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const Scratch at(M, K, hidden_rows, copies, blocked, ROUND);
+  const Scratch at(M, K, hidden_rows, columns, copies, blocked, ROUND);
   std::unique_ptr<float[]> memory(new float[at.total + 1]);
   float* const scratch = memory.get();
   const float* wide = copies ? scratch + at.x : (const float*)x;
@@ -611,6 +613,11 @@ static inline void some_rows(const T* x, int64_t M, int64_t inputs, const Part* 
     while (i + 1 < count && parts[i + 1].start <= n) ++i;
     return i;
   };
+  auto width_of = [&](int64_t n) {
+    const Part& part = parts[part_of(n)];
+    return std::min<int64_t>(WIDTH, part.start + part.rows - n);
+  };
+  const bool in_turn = hidden_rows && !blocked;  // adapters are added when all of x L^T is there
 #pragma omp parallel
   {
     std::unique_ptr<float[]> own(new float[(blocked ? blocks * BLOCK_ROWS : M) * WIDTH +
@@ -632,7 +639,7 @@ static inline void some_rows(const T* x, int64_t M, int64_t inputs, const Part* 
         pack_block(wide, K, M, K, b, scratch + at.packed + b * K * BLOCK_ROWS);
     }
     if (hidden_rows) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t h = 0; h < hidden_rows; h += LANES) {
         int i = 0;
         while (i + 1 < count && parts[i + 1].hidden <= h) ++i;
@@ -653,35 +660,46 @@ static inline void some_rows(const T* x, int64_t M, int64_t inputs, const Part* 
           tile_times_rows<L::WHERE, L::BITS>(first, tile, wide, K, M, hidden + h, hidden_rows, false);
         }
       }
+      if (blocked) {
+#pragma omp barrier
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < columns; n += WIDTH) {
       const Part& part = parts[part_of(n)];
-      const int64_t tile = (n - part.start) / LANES;
-      const int64_t width = std::min<int64_t>(WIDTH, part.start + part.rows - n);
+      const int64_t tile = (n - part.start) / LANES, width = width_of(n);
       const int tiles = width > LANES ? 2 : 1;
+      float* const sum = in_turn ? scratch + at.sums + n * M : y;
       for (int t = 0; t < tiles; t += blocked ? PAIR : 1) {
-        float* out = y + t * LANES;
+        float* out = sum + t * LANES;
         const int64_t i = tile + t;
-        const int pair = std::min(PAIR, tiles - t);
         if (blocked) {
+          const int pair = std::min(PAIR, tiles - t);
           pair_times_blocks<W::WHERE, W::BITS>(part.weight, i, pair, scratch + at.packed,
                                                K * BLOCK_ROWS, blocks, out, panel, false);
           if (part.rank)
             pair_times_blocks<R::WHERE, R::BITS>(
                 part.second, i, pair, scratch + at.packed_hidden + part.hidden * BLOCK_ROWS,
                 hidden_rows * BLOCK_ROWS, blocks, out, panel, true);
-          continue;
-        }
-        if constexpr (integers)
+        } else if constexpr (integers) {
           tile_times_rounded<W::WHERE, W::BITS>(part.weight, i, rounded, M, out, WIDTH);
-        else
+        } else {
           tile_times_rows<W::WHERE, W::BITS>(part.weight, i, wide, K, M, out, WIDTH, false);
-        if (part.rank)
-          tile_times_rows<R::WHERE, R::BITS>(part.second, i, hidden + part.hidden, hidden_rows, M,
-                                             out, WIDTH, true);
+        }
       }
-      store(n, width, y);
+      if (!in_turn) store(n, width, sum);
+    }
+    if (in_turn) {
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < columns; n += WIDTH) {
+        const Part& part = parts[part_of(n)];
+        const int64_t tile = (n - part.start) / LANES, width = width_of(n);
+        float* const sum = scratch + at.sums + n * M;
+        for (int t = 0; part.rank && t < (width > LANES ? 2 : 1); ++t)
+          tile_times_rows<R::WHERE, R::BITS>(part.second, tile + t, hidden + part.hidden,
+                                             hidden_rows, M, sum + t * LANES, WIDTH, true);
+        store(n, width, sum);
+      }
     }
   }
 }
