@@ -24,7 +24,7 @@ import torch
 from slimfx.passes.base import Edit, add_buffer, edit, input_specs, lifted_tensor
 from slimfx.passes.find_linears import PREFIX
 from slimfx.runtime.cpu_ops import Form
-from slimfx.runtime.interleave import Interleaved, interleave, whole, why_not
+from slimfx.runtime.interleave import form_of, interleave, whole, why_not
 from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedMatrix
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -70,8 +70,10 @@ class _Linear:
     rank: int = 0
 
 
+Sized = tuple[PackedMatrix | Tensor, int]
+"""A stored matrix [N, K] and its K."""
 Read = Callable[[Node], Tensor | None]
-Make = Callable[[Node, str, Tensor], Node]
+Make = Callable[[Node, str, Sequence[Sized]], tuple[Node, Node]]
 Renamed = Callable[[str, str], None]
 
 
@@ -88,9 +90,11 @@ def lower_cpu(
     def read(node: Node) -> Tensor | None:
         return lifted_tensor(program, specs[node.name]) if node.name in specs else None
 
-    def make(like: Node, name: str, tensor: Tensor) -> Node:
+    def make(like: Node, name: str, matrices: Sequence[Sized]) -> tuple[Node, Node]:
         prefix, _, _ = str(specs[like.name].target).rpartition(PREFIX)
-        return add_buffer(change, f"{prefix}{PREFIX}cpu_{name}", tensor)
+        data, scale = lay_out(matrices)
+        fqn = f"{prefix}{PREFIX}cpu_{name}"
+        return add_buffer(change, fqn, data), add_buffer(change, f"{fqn}_scale", scale)
 
     renamed = change.signature.replace_all_uses
     report = lower_graph(change.graph, read, make, renamed=renamed, rounded=rounded)
@@ -105,17 +109,18 @@ def lower_graph(
 
     Args:
         read: the tensor behind a placeholder or attribute, None for what the caller passes.
-        make: a node for a new constant, named after the given node of a stored weight.
+        make: nodes for data and scales of matrices that follow each other, as `lay_out` makes them,
+            named after the given node of a stored weight.
         renamed: told the old and new name of every result.
     """
     found, left = [], []
     for linear in _linears(graph, read):
         K = int(_value(linear.x).shape[-1])
-        matrices = [(linear.weight, K), (linear.L, K), (linear.R, linear.rank)]
-        reasons = [why_not(m, width) for m, width in matrices if m is not None]
-        reason = next((reason for reason in reasons if reason), None)
+        sized = ((linear.weight, K), (linear.L, K), (linear.R, linear.rank))
+        matrices = [(matrix, width) for matrix, width in sized if matrix is not None]
+        reason = next((why for why in (why_not(*each) for each in matrices) if why), None)
         if reason is None:
-            found.append((linear, _laid_out(matrices)))
+            found.append(_Found(linear, matrices, [Form(*form_of(*each)) for each in matrices]))
         else:
             left.append(f"{linear.base.name}: {reason}")
     joined = _joined(found)
@@ -128,33 +133,42 @@ def lower_graph(
     return Lowered(len(joined), len(found), tuple(left))
 
 
-def _laid_out(matrices: Sequence[tuple[Any, int]]) -> tuple[Interleaved, ...]:
-    return tuple(interleave(matrix, K) for matrix, K in matrices if matrix is not None)
+def lay_out(matrices: Sequence[Sized]) -> tuple[Tensor, Tensor]:
+    """Data and scales of matrices one after the other, as `linear_cpu` takes them."""
+    parts = [interleave(matrix, K) for matrix, K in matrices]
+    data = torch.cat([part.data.flatten() for part in parts])
+    return data, torch.cat([part.scale.flatten() for part in parts])
 
 
-_Found = tuple[_Linear, tuple[Interleaved, ...]]
+@dataclass(frozen=True)
+class _Found:
+    """A linear that a kernel takes: its weight, then L and R if it has them."""
+
+    linear: _Linear
+    matrices: list[Sized]
+    forms: list[Form]
 
 
 def _joined(found: list[_Found]) -> list[list[_Found]]:
     """Linears that one op takes together, in order of the graph."""
     groups: list[list[_Found]] = []
     last: dict[Any, list[_Found]] = {}
-    for linear, matrices in found:
-        alike = (linear.x, *((m.where, m.bits, m.group) for m in matrices[:2]), len(matrices))
+    for each in found:
+        alike = (each.linear.x, *each.forms[:2], len(each.forms))
         group = last.get(alike, [])
-        if group and group[-1][0].N % _JOIN == 0 and _can_join([*group, (linear, matrices)]):
-            group.append((linear, matrices))
+        if group and group[-1].linear.N % _JOIN == 0 and _can_join([*group, each]):
+            group.append(each)
         else:
-            last[alike] = [(linear, matrices)]
+            last[alike] = [each]
             groups.append(last[alike])
     return groups
 
 
 def _can_join(group: list[_Found]) -> bool:
     """A bitmask has tiles of its own size; every R must have groups of one size, cut off at r."""
-    if any(m.where == "bitmask" for _, matrices in group for m in matrices):
+    if any(form.where == "bitmask" for each in group for form in each.forms):
         return False
-    seconds = [(linear.rank, m[2]) for linear, m in group if len(m) == 3]
+    seconds = [(each.linear.rank, each.forms[2]) for each in group if len(each.forms) == 3]
     largest = max((R.group for _, R in seconds), default=0)
     alike = len({(R.where, R.bits) for _, R in seconds}) < 2
     return alike and all(R.group == min(largest, whole(rank)) for rank, R in seconds)
@@ -226,18 +240,17 @@ def _replaced(
     graph: Graph, group: list[_Found], make: Make, rounded: bool
 ) -> Iterator[tuple[Node, Node]]:
     """Insert the op of a group; what takes the place of what."""
-    linears = [linear for linear, _ in group]
+    linears = [each.linear for each in group]
     base: Any = linears[0].base
-    like = base.args[1]
-    names = ("weight", "L", "R")[: len(group[0][1])]
+    names = ("weight", "L", "R")[: len(group[0].forms)]
     args: list[Any] = [base.args[0]]
     for i, name in enumerate(names):
-        parts = [matrices[i] for _, matrices in group]
-        args.append(make(like, name, torch.cat([m.data.flatten() for m in parts])))
-        args.append(make(like, f"{name}_scale", torch.cat([m.scale.flatten() for m in parts])))
+        args += make(base.args[1], name, [each.matrices[i] for each in group])
     args += [None] * (7 - len(args))
-    kinds = [max((m[i] for _, m in group), key=lambda m: m.group) for i in range(len(names))]
-    args.append([n for m in kinds for n in Form(m.where, m.bits, m.group).numbers()])
+    kinds = [
+        max((each.forms[i] for each in group), key=lambda f: f.group) for i in range(len(names))
+    ]
+    args.append([n for form in kinds for n in form.numbers()])
     args.append([linear.N for linear in linears])
     args.append([linear.rank for linear in linears] if len(names) == 3 else [])
     args.append(rounded)

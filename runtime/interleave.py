@@ -25,7 +25,7 @@ from slimfx.runtime.pack import (
     PackedBitmask,
     PackedDense,
     PackedMatrix,
-    unpack_24,
+    pack_codes,
     unpack_bitmask,
     unpack_bits,
     unpack_codes,
@@ -36,9 +36,8 @@ from torch.nn.functional import pad
 LANES = 16
 WHERE = ("dense", "2:4", "bitmask")
 """Where the values of a matrix are; kernels know the place in this tuple."""
-_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Which of eight codes each nibble of a word holds; `_PLACES` is the way back."""
 _PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
+"""The nibble of a word that each of its eight codes is in."""
 _SLACK = 64
 """Bytes after a bitmask tile that a kernel may read and does not use."""
 
@@ -73,88 +72,85 @@ def why_not(matrix: PackedMatrix | Tensor, K: int) -> str | None:
     return None
 
 
+def form_of(matrix: PackedMatrix | Tensor, K: int) -> tuple[str, int, int]:
+    """`where`, `bits` and `group` that a weight [N, K] has in the kernels' layout."""
+    if isinstance(matrix, Tensor):
+        return "dense", matrix.itemsize * 8, whole(K)
+    where = {PackedDense: "dense", Packed24: "2:4", PackedBitmask: "bitmask"}[type(matrix)]
+    grouped = matrix.scale is not None and matrix.scale.shape[1] > 1
+    return where, max(4, matrix.bits), min(matrix.group, whole(K)) if grouped else whole(K)
+
+
 def interleave(matrix: PackedMatrix | Tensor, K: int) -> Interleaved:
     """A stored weight [N, K], or one of floats, in the kernels' layout."""
-    weight, stays = _values(matrix, K)
-    N = weight.shape[0]
-    weight, stays = (pad(part, (0, whole(K) - K, 0, whole(N) - N)) for part in (weight, stays))
-    floats = weight.is_floating_point()
-    bits = weight.itemsize * 8 if floats else max(4, matrix.bits)  # type: ignore[union-attr]
-    where = {PackedDense: "dense", Packed24: "2:4", PackedBitmask: "bitmask"}
-    place = where.get(type(matrix), "dense")
-    scale, group = _scales(matrix, N, K)
-    raw = weight.view({16: torch.int16, 32: torch.int32}[bits]) if floats else weight
-    raw = raw.to(torch.int64) & (2**bits - 1)
-    return Interleaved(_LAYOUTS[place](raw, stays, bits), scale, place, bits, group)
-
-
-def _values(matrix: PackedMatrix | Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 or floats [N, K], and the bool mask [N, K] of those stored."""
+    where, bits, group = form_of(matrix, K)
+    step = 2 * bits  # bytes of sixteen values
     if isinstance(matrix, Tensor):
-        weight = matrix.detach()
-        return weight, torch.ones_like(weight, dtype=torch.bool)
-    if isinstance(matrix, PackedDense):
-        weight = unpack_codes(matrix.codes, matrix.bits, K)
-        return weight, torch.ones_like(weight, dtype=torch.bool)
-    if isinstance(matrix, Packed24):
-        weight = unpack_24(matrix.values, matrix.indices, matrix.bits, K)
-        return weight, weight != 0
-    return (
-        unpack_bitmask(matrix.values, matrix.mask, matrix.bits, K),
-        unpack_bits(matrix.mask, K),
-    )
-
-
-def _scales(matrix: PackedMatrix | Tensor, N: int, K: int) -> tuple[Tensor, int]:
-    """bfloat16 [tiles, groups, 16], and the inputs of a group."""
+        N = matrix.shape[0]
+        data = _tiles(_bytes(matrix.detach()), step, 4, K)
+    elif isinstance(matrix, PackedBitmask):
+        N, data = matrix.mask.shape[0], _bitmask(matrix, K)
+    elif isinstance(matrix, PackedDense):
+        N, data = matrix.codes.shape[0], _tiles(_signed(matrix.codes, matrix.bits, K), step, 4, K)
+    else:
+        N = matrix.values.shape[0]
+        values = _tiles(_signed(matrix.values, matrix.bits, K // 2), step // 2, 4, K)
+        data = torch.cat([values, _tiles(matrix.indices, 2, 2, K)], -1)
     scale = None if isinstance(matrix, Tensor) else matrix.scale
+    return Interleaved(data.flatten(1), _scales(scale, N), where, bits, group)
+
+
+def _scales(scale: Tensor | None, N: int) -> Tensor:
+    """bfloat16 [1 or N, groups] -> [tiles, groups, 16]."""
     if scale is None:
         scale = torch.ones(1, 1, dtype=torch.bfloat16)
-    group = matrix.group if scale.shape[1] > 1 else whole(K)  # type: ignore[union-attr]
     every = pad(scale.expand(N, -1), (0, 0, 0, whole(N) - N))
-    return every.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous(), min(group, whole(K))
+    return every.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
 
 
-def _words(codes: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] of `bits` bits each -> int32 [..., n bits / 32]."""
-    parts = codes.unflatten(-1, (-1, 32 // bits)).to(torch.int64)
-    if bits == 4:
-        parts = parts[..., _NIBBLES]
-    joined = (parts << torch.arange(0, 32, bits)).sum(-1)
-    return torch.where(joined >= 2**31, joined - 2**32, joined).to(torch.int32)
+def _signed(stored: Tensor, bits: int, width: int) -> Tensor:
+    """Codes as packed -> two's complement of 4, 8 or 16 bits, uint8 [N, bytes]."""
+    if bits == FLOAT_BITS:
+        return _bytes(stored)
+    if bits == 8:
+        return stored ^ 128
+    if bits != 4:
+        stored = pack_codes(unpack_codes(stored, bits, width), 4)
+    words = pad(stored ^ 0x88, (0, -stored.shape[1] % 4)).unflatten(1, (-1, 4))
+    first, second = words[..., :2], words[..., 2:]
+    return torch.stack([(first & 15) | (second << 4), (first >> 4) | (second & 240)], -1).flatten(1)
 
 
-def _dense(raw: Tensor, stays: Tensor, bits: int) -> Tensor:
-    words = _words(raw.unflatten(1, (-1, 16)), bits)  # [N, K / 16, words]
-    return _tiles(words)
+def _bytes(floats: Tensor) -> Tensor:
+    """Floats [N, K] -> uint8 [N, bytes], whatever their strides (a column may have any)."""
+    return floats.reshape(-1).view(torch.uint8).unflatten(0, (len(floats), -1))
 
 
-def _pairs(raw: Tensor, stays: Tensor, bits: int) -> Tensor:
-    groups = stays.unflatten(1, (-1, 4))
-    kept = groups.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :2]
-    kept = kept.sort(dim=-1).values  # [N, K / 4, 2]
-    held = raw.unflatten(1, (-1, 4)).gather(-1, kept).flatten(1).unflatten(1, (-1, 8))
-    at = kept.flatten(1).unflatten(1, (-1, 8)).to(torch.int32)
-    joined = (at << torch.arange(0, 16, 2, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    places = torch.where(joined >= 2**15, joined - 2**16, joined).to(torch.int16)
-    steps = [_tiles(_words(held, bits)).unflatten(1, (places.shape[1], -1))]
-    steps.append(_tiles(places[..., None]).unflatten(1, (places.shape[1], -1)))
-    return torch.cat(steps, -1).flatten(1)
+def _tiles(stored: Tensor, step: int, word: int, K: int) -> Tensor:
+    """uint8 [N, bytes] -> [tiles, whole(K) / 16, 16 step]: a row in a lane, words side by side.
 
-
-def _tiles(words: Tensor) -> Tensor:
-    """[N, steps, words] of any integer -> uint8 [tiles, bytes], lanes last."""
+    Args:
+        step: bytes of 16 inputs of a row.
+        word: bytes that stay together.
+    """
+    N, have = stored.shape
+    padded = pad(stored, (0, whole(K) // 16 * step - have, 0, whole(N) - N))
+    words = padded.view({2: torch.int16, 4: torch.int32}[word]).unflatten(1, (-1, step // word))
     lanes = words.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).contiguous()
-    return lanes.view(torch.uint8).flatten(1)
+    return lanes.flatten(2).view(torch.uint8)
 
 
-def _bits(raw: Tensor, stays: Tensor, bits: int) -> Tensor:
-    pairs, held = _by_pairs(stays), _by_pairs(raw)  # [tiles, K / 2, 32]
-    masks = _words(pairs.to(torch.int32), 1)[..., 0].contiguous().view(torch.uint8)
-    per_byte = max(1, 8 // bits)
-    unit, at = _places(pairs, per_byte)
+def _bitmask(matrix: PackedBitmask, K: int) -> Tensor:
+    bits = max(4, matrix.bits)
+    weight = unpack_bitmask(matrix.values, matrix.mask, matrix.bits, K)
+    raw = (weight.view(torch.int16) if bits == FLOAT_BITS else weight).to(torch.int32)
+    sides = (0, whole(K) - K, 0, whole(len(raw)) - len(raw))
+    held = _by_pairs(pad(raw & (2**bits - 1), sides))  # [tiles, K / 2, 32]
+    pairs = _by_pairs(pad(unpack_bits(matrix.mask, K), sides))
+    masks = _joined(pairs).view(torch.uint8)
+    unit, at = _places(pairs, max(1, 8 // bits))
     size = int(unit.sum(1).max()) if unit.numel() else 0
-    flat = raw.new_zeros(len(pairs), size + 1)
+    flat = held.new_zeros(len(pairs), size + 1)
     flat.scatter_(
         1, torch.where(pairs, at, size).flatten(1), torch.where(pairs, held, 0).flatten(1)
     )
@@ -163,6 +159,12 @@ def _bits(raw: Tensor, stays: Tensor, bits: int) -> Tensor:
         flat = flat[:, ::2] | (flat[:, 1::2] << 4)
     values = flat.to(torch.int16 if bits == FLOAT_BITS else torch.uint8).contiguous()
     return pad(torch.cat([masks, values.view(torch.uint8)], 1), (0, _SLACK))
+
+
+def _joined(pairs: Tensor) -> Tensor:
+    """Bool [..., 32] -> int32 [...], the first in the lowest bit."""
+    words = (pairs.to(torch.int64) << torch.arange(32)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def _by_pairs(part: Tensor) -> Tensor:
@@ -176,9 +178,6 @@ def _places(pairs: Tensor, per_byte: int) -> tuple[Tensor, Tensor]:
     unit = -(-pairs.sum(-1) // per_byte) * per_byte
     start = unit.cumsum(1) - unit
     return unit, start[..., None] + pairs.cumsum(-1) - 1
-
-
-_LAYOUTS = {"dense": _dense, "2:4": _pairs, "bitmask": _bits}
 
 
 def dense_weight(matrix: Interleaved, N: int, K: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,6 @@ not count.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slimfx.compress import compress
@@ -30,12 +28,14 @@ from slimfx.data import is_batches
 from slimfx.dynamo_graph import Captured, Input, capture_graph, export_graph, shape_of
 from slimfx.errors import CalibrationError, SlimError
 from slimfx.passes.find_linears import Site, find_linears
-from slimfx.passes.lower_cpu import Lowered, lower_cpu, lower_graph
+from slimfx.passes.lower_cpu import Lowered, lower_cpu
 from slimfx.passes.replace_linears import packed_linear, replace_linears
 from slimfx.recipe import Recipe
 from slimfx.runtime.ops import REFERENCES
 from slimfx.runtime.pack import PackedLinear
 from slimfx.runtime.targets.aoti import ACCURACIES
+from slimfx.stored_weights import lay_out_
+from slimfx.writes import Mark
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Options:
     calibration_calls: int = 8
     """Calls that run the float model and are remembered, where there is no calibration."""
     on_change: str = "error"
-    """When a weight changes after compression: "error", or "recompress" to start again."""
+    """When a float weight changes after compression: "error", or "recompress" to start again. A
+    stored weight of a compressed model that changes is always an error."""
     accuracy: str = "exact"
     """As `slimfx.export` takes it: "exact" or "int8-activations"."""
 
@@ -108,10 +109,10 @@ def slim(
         return _refusing(type(error), str(error))
     matrices = [i for i in captured.inputs if i.kind == "held" and len(shape_of(i.node)) == 2]
     compressed = _is_compressed(gm)
-    if compressed or not matrices:
+    if compressed:
+        run = _of_compressed(gm, example_inputs, chosen)
+    elif not matrices:
         with torch.no_grad():
-            if compressed:
-                _lay_out_(gm, example_inputs, chosen)
             run = _lower(gm, example_inputs)
     else:
         run = _OnTheFly(captured, chosen)
@@ -131,24 +132,27 @@ def _lower(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]
     return compile_graph(gm, example_inputs)
 
 
-def _lay_out_(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
-    """Give a graph of stored weights, which Dynamo made inputs, constants as the kernels read."""
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    stored = dict(zip(placeholders, example_inputs, strict=True))
+def _of_compressed(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    """A compiled graph of stored weights, which refuses to run when one of these has changed."""
+    with torch.no_grad():
+        report, marks = lay_out_(gm, example_inputs, rounded=options.rounded)
+        _warn_of(report)
+        compiled = _lower(gm, example_inputs)
+    at = {id(tensor): i for i, tensor in enumerate(example_inputs)}
+    known = [(at[id(mark.tensor())], mark.tensor, mark.version) for mark in marks]
 
-    def make(like: Node, name: str, tensor: Tensor) -> Node:
-        unique = f"{like.name}_{name}"
-        gm.register_buffer(unique, tensor)
-        gm._param_name_to_source[unique] = ConstantSource(unique)  # type: ignore[operator,index,assignment]
-        with gm.graph.inserting_after(placeholders[-1]):
-            node = gm.graph.get_attr(unique)
-        mode = like.meta["example_value"].fake_mode
-        node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
-        return node
+    def run(*args: Any) -> Any:
+        for i, tensor, version in known:
+            if args[i] is not tensor() or (version is not None and args[i]._version != version):
+                raise SlimError(
+                    "a stored weight has changed since torch.compile laid it out for the kernels; "
+                    "call torch.compile again after torch._dynamo.reset()"
+                )
+        return compiled(*args)
 
-    report = lower_graph(gm.graph, stored.get, make, rounded=options.rounded)
-    gm.recompile()
-    _warn_of(report)
+    return run
 
 
 def _warn_of(report: Lowered) -> None:
@@ -179,7 +183,7 @@ class _OnTheFly:
         self.captured, self.options = captured, options
         self.calls: list[list[Any]] = []
         self.compiled: Callable[..., Any] | None = None
-        self.marks: dict[str, _Mark] = {}
+        self.marks: dict[str, Mark] = {}
         self.numbers: dict[str, float] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -195,7 +199,7 @@ class _OnTheFly:
             lowered, report = lower_cpu(program, rounded=self.options.rounded)
             _warn_of(report)
             self.compiled = torch.compile(lowered.module(), backend=_lower)
-            self.marks = {name: _Mark.of(tensor) for name, tensor in held.items()}
+            self.marks = {name: _watched(tensor) for name, tensor in held.items()}
             self.numbers = self.captured.numbers(args)
             self.calls = []
         return self.compiled(*_marked(self.captured, given))
@@ -240,24 +244,9 @@ def _marked(captured: Captured, given: list[Any]) -> list[Any]:
     return found
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """A tensor as it was; does not keep it alive."""
-
-    tensor: weakref.ref[Tensor]
-    version: int | None
-    """None for a buffer, which a model may write to, and for inference tensors."""
-    address: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Mark:
-        watched = isinstance(tensor, nn.Parameter) and not tensor.is_inference()
-        version = tensor._version if watched else None
-        return cls(weakref.ref(tensor), version, tensor.data_ptr())
-
-    def fits(self, tensor: Tensor) -> bool:
-        """Is it this tensor, unchanged?"""
-        return self.tensor() is tensor and _Mark.of(tensor) == self
+def _watched(tensor: Tensor) -> Mark:
+    """The mark of a float model's tensor, whose buffers it may write to."""
+    return Mark.of(tensor, watch=isinstance(tensor, nn.Parameter))
 
 
 @dataclass(frozen=True)
@@ -266,7 +255,7 @@ class _Solved:
 
     recipe: Recipe | str | Path
     calibration: Any
-    mark: _Mark
+    mark: Mark
     packed: PackedLinear | None
     shift: Tensor | None
     """What the packed bias adds to the layer's own."""
@@ -336,7 +325,7 @@ def _remember(
             if bias is not None and program.state_dict[bias] is not original.state_dict[bias]:
                 shift = program.state_dict[bias].float() - original.state_dict[bias].float()
         others = [solved for solved in _SOLVED.get(tensor, ()) if not solved.serves(options)]
-        solved = _Solved(options.recipe, options.calibration, _Mark.of(tensor), packed, shift)
+        solved = _Solved(options.recipe, options.calibration, _watched(tensor), packed, shift)
         _SOLVED[tensor] = [*others, solved]
 
 

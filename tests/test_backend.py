@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import slimfx
 import slimfx.backend
+import slimfx.stored_weights
 from slimfx import SlimError
 from slimfx.backend import slim
 from slimfx.errors import CalibrationError, PlanError, RecipeError
@@ -297,6 +298,49 @@ def test_a_loaded_program_is_only_lowered(solved: list[str], tmp_path: Path) -> 
     x = normal(3, 5, 16)
     torch.testing.assert_close(compiled(slow)(x), slow(x), atol=1e-5, rtol=1e-5)
     assert solved == []
+
+
+def test_a_compressed_program_is_laid_out_once_for_all_its_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = reference(Blocks().eval(), "slim", normal(3, 5, 16))
+    made: list[int] = []
+    real = slimfx.stored_weights.lay_out
+
+    def lay_out(matrices: Any) -> Any:
+        made.append(len(matrices))
+        return real(matrices)
+
+    monkeypatch.setattr(slimfx.stored_weights, "lay_out", lay_out)
+    fast = compiled(slow, dynamic=False)
+    first = fast(normal(1, 5, 16))
+    count = len(made)
+    assert count > 0
+    for rows in (6, 7):
+        fast(normal(rows, rows, 16))
+    torch._dynamo.reset()
+    assert torch.equal(compiled(slow)(normal(1, 5, 16)), first)
+    assert len(made) == count
+
+
+@pytest.mark.parametrize("change", ["written to", "replaced"])
+def test_a_stored_weight_that_changes_is_an_error(change: str) -> None:
+    slow = reference(Blocks().eval(), "slim", normal(3, 5, 16))
+    fast = compiled(slow)
+    x = normal(1, 5, 16)
+    before = fast(x)
+    name, tensor = next((n, t) for n, t in slow.named_buffers() if n.endswith("values"))
+    if change == "written to":
+        tensor.copy_(tensor.flip(0))
+    else:
+        owner, _, last = name.rpartition(".")
+        setattr(slow.get_submodule(owner), last, tensor.flip(0))
+    with pytest.raises(SlimError, match="a stored weight has changed"):
+        fast(x)
+    torch._dynamo.reset()
+    after = compiled(slow)(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, slow(x), atol=1e-5, rtol=1e-5)
 
 
 def test_each_graph_of_a_broken_model_is_compressed_by_its_own_calls(solved: list[str]) -> None:

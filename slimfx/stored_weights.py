@@ -1,0 +1,83 @@
+"""The weights of a compressed model on its way through torch.compile, laid out for the kernels
+once for every graph, recompiled ones among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from slimfx.passes.lower_cpu import Lowered, Sized, lay_out, lower_graph
+from slimfx.runtime.pack import PackedMatrix
+from slimfx.writes import Mark
+
+
+def lay_out_(
+    gm: GraphModule, example_inputs: Sequence[Any], *, rounded: bool
+) -> tuple[Lowered, list[Mark]]:
+    """Give a graph of stored weights, which Dynamo made inputs, constants as the kernels read.
+
+    Returns what became of its linears, and marks of the stored tensors it read.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    stored = dict(zip(placeholders, example_inputs, strict=True))
+    marks: list[Mark] = []
+
+    def constant(like: Node, name: str, tensor: Tensor) -> Node:
+        unique = f"{like.name}_{name}"
+        gm.register_buffer(unique, tensor)
+        gm._param_name_to_source[unique] = ConstantSource(unique)  # type: ignore[operator,index,assignment]
+        with gm.graph.inserting_after(placeholders[-1]):
+            node = gm.graph.get_attr(unique)
+        mode = like.meta["example_value"].fake_mode
+        node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
+        return node
+
+    def make(like: Node, name: str, matrices: Sequence[Sized]) -> tuple[Node, Node]:
+        laid = _laid_out(matrices)
+        marks.extend(laid.marks)
+        return constant(like, name, laid.data), constant(like, f"{name}_scale", laid.scale)
+
+    report = lower_graph(gm.graph, stored.get, make, rounded=rounded)
+    gm.recompile()
+    return report, marks
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """Stored tensors as they were, and what `lay_out` made of them."""
+
+    marks: tuple[Mark, ...]
+    data: Tensor
+    scale: Tensor
+
+
+_LAID: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Stored tensor -> the `_Laid` that begin with it, for other graphs and recompiled ones."""
+
+
+def _laid_out(matrices: Sequence[Sized]) -> _Laid:
+    """`lay_out`, but once for the same tensors."""
+    tensors = [tensor for matrix, _ in matrices for tensor in _tensors(matrix)]
+    known = [
+        laid
+        for laid in _LAID.get(tensors[0], ())
+        if all(mark.fits(mark.tensor()) for mark in laid.marks)
+    ]
+    for laid in known:
+        if [id(mark.tensor()) for mark in laid.marks] == [id(tensor) for tensor in tensors]:
+            return laid
+    laid = _Laid(tuple(Mark.of(tensor, watch=True) for tensor in tensors), *lay_out(matrices))
+    _LAID[tensors[0]] = [*known, laid]
+    return laid
+
+
+def _tensors(matrix: PackedMatrix | Tensor) -> list[Tensor]:
+    parts = [matrix] if isinstance(matrix, Tensor) else list(vars(matrix).values())
+    return [part for part in parts if isinstance(part, Tensor)]
