@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,11 @@ def record(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> by
     tensors = {k: v.clone().contiguous() for k, v in named.items() if isinstance(v, Tensor)}
     plain = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
     tensors |= {f"output.{i}": _sample(t) for i, t in enumerate(outputs)}
-    metadata = {"plain": json.dumps(plain), "digests": json.dumps([_digest(t) for t in outputs])}
+    metadata = {
+        "plain": json.dumps(plain),
+        "digests": json.dumps([_digest(t) for t in outputs]),
+        "keywords": json.dumps(list(inputs[1])),
+    }
     return ordered(safetensors.torch.save(tensors, metadata=metadata))
 
 
@@ -73,9 +78,34 @@ def replay(program: ExportedProgram, golden: bytes, tolerance: float) -> CheckRe
         ArtifactError: the record is damaged, or the program does not run on its inputs.
     """
     recorded = _parse(golden)
+    return _replayed(recorded, lambda: _run(program, _inputs(recorded, program)), tolerance)
+
+
+def replay_call(run: Callable[..., Any], golden: bytes, tolerance: float) -> CheckResult:
+    """The same for code that takes the recorded inputs as keyword arguments, after those without
+    a name of their own.
+
+    Raises:
+        ArtifactError: as `replay`.
+    """
+    recorded = _parse(golden)
+    named = [recorded.tensors.get(f"input.{i}") for i in range(len(recorded.tensors))]
+    values = [value for value in named if value is not None]
+    args, names = values[: len(values) - len(recorded.keywords)], recorded.keywords
+
+    def outputs() -> list[Tensor]:
+        found = run(*args, **dict(zip(names, values[len(args) :])))
+        return [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
+
+    return _replayed(recorded, outputs, tolerance)
+
+
+def _replayed(
+    recorded: _Recorded, run: Callable[[], list[Tensor]], tolerance: float
+) -> CheckResult:
     expected = [recorded.tensors.get(f"output.{i}") for i in range(len(recorded.digests))]
     try:
-        outputs = _run(program, _inputs(recorded, program))
+        outputs = run()
     except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         raise ArtifactError(f"the program does not run on its recorded inputs: {error}") from error
     if len(outputs) != len(expected) or any(e is None for e in expected):
@@ -108,6 +138,7 @@ class _Recorded:
     tensors: dict[str, Tensor]
     plain: dict[str, Any]
     digests: list[str]
+    keywords: tuple[str, ...]
 
 
 def _inputs(recorded: _Recorded, program: ExportedProgram) -> tuple[tuple, dict[str, Any]]:
@@ -152,6 +183,7 @@ def _parse(golden: bytes) -> _Recorded:
         length = int.from_bytes(golden[:8], "little")
         metadata = json.loads(golden[8 : 8 + length])["__metadata__"]
         plain, digests = json.loads(metadata["plain"]), json.loads(metadata["digests"])
+        keywords = json.loads(metadata.get("keywords", "[]"))  # format 1.0 had none
     except (
         safetensors.SafetensorError,
         ValueError,
@@ -160,6 +192,8 @@ def _parse(golden: bytes) -> _Recorded:
         RecursionError,
     ) as error:
         raise ArtifactError(f"the golden outputs are damaged: {error!r}") from error
-    if not isinstance(plain, dict) or not isinstance(digests, list):
+    if not isinstance(plain, dict) or not (
+        isinstance(digests, list) and isinstance(keywords, list)
+    ):
         raise ArtifactError("the golden outputs are damaged: inputs or digests are missing")
-    return _Recorded(tensors, plain, digests)
+    return _Recorded(tensors, plain, digests, tuple(map(str, keywords)))

@@ -2,14 +2,16 @@
 
 The package is torch's own `.pt2` of compiled code; `torch._inductor.aoti_load_package` and libtorch
 read it. slimfx adds a record of what it was built for, so that `load` can refuse where the code
-would crash.
+would crash, the program's manifest and tokenizer, and golden outputs for `check`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import torch
 from slimfx.passes.decompose import decompose, slimfx_nodes
 from slimfx.passes.inputs import tensor_inputs
 from slimfx.passes.lower_cpu import Lowered, lower_cpu
-from slimfx.runtime import archive
+from slimfx.runtime import archive, golden
+from slimfx.runtime.golden import CheckResult
+from slimfx.runtime.manifest import Manifest, manifest_of
 from torch.export import ExportedProgram
 
 from slimfx.errors import ArtifactError
@@ -26,7 +30,12 @@ from slimfx.errors import ArtifactError
 MARCHES = ("native", "x86-64-v3", "x86-64-v4")
 """What code may be built for: this machine, any with AVX2, any with AVX-512."""
 ACCURACIES = ("exact", "int8-activations")
+TOLERANCE = {"exact": 1e-4, "int8-activations": 1e-2}
+"""Largest difference from the golden outputs, relative to the largest of them; a rounding of an
+input that falls to the other side is a 254th of its range."""
 _RECORD = "slimfx/aoti.json"
+_MANIFEST, _TOKENIZER = "slimfx/manifest.json", "slimfx/tokenizer.json"
+_GOLDEN = "slimfx/golden.safetensors"
 _NEEDS = {"x86-64-v3": ("avx2",), "x86-64-v4": ("avx2", "avx512_f", "avx512_bw", "avx512_vl")}
 _LANES = {"x86-64-v3": 256, "x86-64-v4": 512}
 
@@ -75,6 +84,7 @@ def save(
         raise ArtifactError(f"{path}: torch loads compiled packages from files named .pt2 only")
     with archive.atomic(path) as part:  # looks at the folder before any work
         lowered, report = lower_cpu(program, rounded=accuracy == "int8-activations")
+        own = _own_records(program, lowered)
         if slimfx_nodes(lowered):
             lowered = decompose(lowered)
         package = Package(
@@ -88,19 +98,46 @@ def save(
         compiled = part.with_suffix(".pt2")
         try:
             _compile(lowered, compiled, march)
-            _describe(compiled, package)
-            compiled.replace(part)
+            _rewrite(compiled, part, own | {_RECORD: json.dumps(asdict(package), sort_keys=True)})
         finally:
             compiled.unlink(missing_ok=True)
         return part.stat().st_size, report
 
 
-def _describe(path: Path, package: Package) -> None:
-    """Add slimfx's record to a package of torch."""
-    with zipfile.ZipFile(path, "a") as file:
-        root = file.namelist()[0].partition("/")[0]
-        record = zipfile.ZipInfo(f"{root}/{_RECORD}", (1980, 1, 1, 0, 0, 0))
-        file.writestr(record, json.dumps(asdict(package), sort_keys=True))
+def _own_records(program: ExportedProgram, lowered: ExportedProgram) -> dict[str, bytes | str]:
+    """What slimfx adds: manifest, tokenizer, and what the package should answer, where the program
+    has example inputs of plain tensors.
+    """
+    manifest = manifest_of(program)
+    own: dict[str, bytes | str] = {_MANIFEST: manifest.to_json()}
+    if manifest.tokenizer is not None:
+        own[_TOKENIZER] = manifest.tokenizer
+    inputs = program.example_inputs
+    given = [] if inputs is None else [*inputs[0], *inputs[1].values()]
+    if given and all(isinstance(value, torch.Tensor) for value in given):
+        own[_GOLDEN] = golden.record(lowered, inputs)
+    return own
+
+
+def _rewrite(compiled: Path, path: Path, own: dict[str, bytes | str]) -> None:
+    """A package of torch with records of ours, without its C++ source, and the same bytes each
+    time: no names of temporary files, no serialization id.
+    """
+    with zipfile.ZipFile(compiled) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            _, _, record = entry.filename.partition("/")
+            if record.endswith(".cpp") or record == ".data/serialization_id":
+                continue
+            with old.open(entry) as source, new.open(_entry(record), "w", force_zip64=True) as to:
+                shutil.copyfileobj(source, to, 1 << 20)
+        for name, content in sorted(own.items()):
+            new.writestr(_entry(name), content)
+
+
+def _entry(record: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(f"{archive.ROOT}/{record}", (1980, 1, 1, 0, 0, 0))
+    entry.external_attr = 0o644 << 16
+    return entry
 
 
 def _compile(program: ExportedProgram, path: Path, march: str) -> None:
@@ -124,8 +161,8 @@ def load(path: str | Path) -> Callable[..., Any]:
     """The compiled program as a function of the exported program's arguments.
 
     Raises:
-        ArtifactError: no package of slimfx, built for another processor or another torch; when
-            called, an input of another dtype, or of a shape outside the exported range.
+        ArtifactError: no package of slimfx, damaged, built for another processor or another torch;
+            when called, an input of another dtype, or of a shape outside the exported range.
     """
     package = read(path)
     missing = [name for name in package.needs if not _capabilities().get(name)]
@@ -139,6 +176,10 @@ def load(path: str | Path) -> Callable[..., Any]:
             f"{path}: was built for torch {package.torch}, this is {torch.__version__}; compiled "
             f"packages hold for one minor version: export it again"
         )
+    with _opened(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise ArtifactError(f"{path}: damaged, {damaged} is not what was written")
     run = torch._inductor.aoti_load_package(str(path))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -148,6 +189,44 @@ def load(path: str | Path) -> Callable[..., Any]:
     return checked
 
 
+def check(path: str | Path, *, tolerance: float | None = None) -> CheckResult:
+    """Run a package on its recorded inputs and compare with its golden outputs.
+
+    Raises:
+        ArtifactError: as `load`, or the package has no golden outputs.
+    """
+    recorded = _records(path).get(_GOLDEN)
+    if recorded is None:
+        raise ArtifactError(f"{path}: carries no golden outputs")
+    limit = TOLERANCE[read(path).accuracy] if tolerance is None else tolerance
+    return golden.replay_call(load(path), recorded, limit)
+
+
+def is_package(path: str | Path) -> bool:
+    """Does a file hold machine code that slimfx wrote, rather than an exported program?"""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith(f"/{_RECORD}") for name in file.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the program that was compiled; an empty one in packages that have none.
+
+    Raises:
+        ArtifactError: as `read`.
+    """
+    own = _records(path)
+    if _MANIFEST not in own:
+        return Manifest()
+    try:
+        tokenizer = own[_TOKENIZER].decode() if _TOKENIZER in own else None
+        return Manifest.from_json(own[_MANIFEST].decode(), tokenizer)
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: its manifest or tokenizer is no text ({error})") from error
+
+
 def read(path: str | Path) -> Package:
     """What a package says of itself, without loading its code.
 
@@ -155,17 +234,35 @@ def read(path: str | Path) -> Package:
         ArtifactError: missing or damaged file, or not written by slimfx.
     """
     try:
-        with zipfile.ZipFile(path) as file:
-            names = [name for name in file.namelist() if name.endswith(f"/{_RECORD}")]
-            if not names:
-                raise ArtifactError(f"{path}: holds no compiled program of slimfx")
-            fields: dict[str, Any] = json.loads(file.read(names[0]))
+        fields: dict[str, Any] = json.loads(_records(path)[_RECORD])
         found: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields.items()
         }
         return Package(**found)
-    except (zipfile.BadZipFile, OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a complete compiled package ({error})") from error
+
+
+def _records(path: str | Path) -> dict[str, bytes]:
+    """slimfx's own records by name; that of what it was built for is among them."""
+    with _opened(path) as file:
+        found = {}
+        for name in (_RECORD, _MANIFEST, _TOKENIZER, _GOLDEN):
+            entries = [entry for entry in file.namelist() if entry.endswith(f"/{name}")]
+            if entries:
+                found[name] = file.read(entries[0])
+    if _RECORD not in found:
+        raise ArtifactError(f"{path}: holds no compiled program of slimfx")
+    return found
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield file
+    except (zipfile.BadZipFile, OSError) as error:
         raise ArtifactError(f"{path}: not a complete compiled package ({error})") from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import case, compressed, ids
+from slimfx.runtime.manifest import manifest_of
 from slimfx.runtime.targets import aoti
 from torch import Tensor
 
@@ -146,3 +147,33 @@ def test_other_files_are_no_packages(tmp_path: Path) -> None:
         aoti.read(tmp_path / "text.pt2")
     with pytest.raises(ArtifactError, match="holds no compiled program of slimfx"):
         aoti.load(tmp_path / "program.pt2")
+
+
+def test_golden_outputs_are_replayed_and_the_manifest_travels(packages: Packages) -> None:
+    for name, limit in (("native", 1e-5), ("portable", 1e-2)):
+        result = aoti.check(packages[name][0])
+        assert result.passed
+        assert result.max_difference <= limit
+    assert aoti.read_manifest(packages["native"][0]) == manifest_of(compressed("llama", "slim-q"))
+
+
+def test_a_package_holds_no_source_and_a_second_one_has_the_same_bytes(
+    packages: Packages, tmp_path: Path
+) -> None:
+    path = packages["native"][0]
+    with zipfile.ZipFile(path) as file:
+        names = file.namelist()
+    assert {name.partition("/")[0] for name in names} == {"model"}
+    assert [name for name in names if name.endswith((".cpp", "serialization_id"))] == []
+    slimfx.export(compressed("llama", "slim-q"), "aoti", tmp_path / "again.pt2")
+    assert (tmp_path / "again.pt2").read_bytes() == path.read_bytes()
+
+
+def test_a_flipped_byte_is_refused(packages: Packages, tmp_path: Path) -> None:
+    data = bytearray(packages["native"][0].read_bytes())
+    with zipfile.ZipFile(packages["native"][0]) as file:
+        code = next(entry for entry in file.infolist() if entry.filename.endswith(".so"))
+    data[code.header_offset + code.file_size // 2] ^= 1
+    (tmp_path / "flipped.pt2").write_bytes(data)
+    with pytest.raises(ArtifactError, match="damaged"):
+        aoti.load(tmp_path / "flipped.pt2")
