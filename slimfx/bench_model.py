@@ -2,33 +2,34 @@
 
 A step makes one token for each sequence of a batch and keeps no cache: what is measured is the
 stack of linears, whose weights every step reads. Compressed weights are random numbers in the
-layout of a recipe's: speed and memory do not depend on the values. Each variant has a process of
-its own.
+layout of a recipe's: speed and memory do not depend on the values. Each variant is compiled into a
+package by one process and run by another, which holds what a user's would.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
 from slimfx.capture import capture
 from slimfx.errors import SlimError, need
 from slimfx.passes.find_linears import Site, find_linears
-from slimfx.passes.lower_cpu import lower_cpu
 from slimfx.passes.replace_linears import replace_linears
 from slimfx.recipe import Recipe
 from slimfx.runtime.pack import Packed24, PackedDense, PackedLinear
+from slimfx.runtime.targets import aoti
 
 Progress = Callable[[float, str], None]
 VARIANTS = ("float32", "bfloat16", "compressed", "compressed, int8 inputs")
@@ -39,6 +40,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 """Llama-shaped models: heads of 64, a key for four queries, 32000 words."""
 _GROUP = 128
+_MOST_ROWS = 4096
 _ASCENDING = (4, 8, 9, 12, 13, 14)
 """The pairs of positions in four, as `pack_24` stores them."""
 
@@ -59,7 +61,10 @@ class ModelRow:
     weight_bytes: int
     """Of all parameters and buffers."""
     resident: int
-    """Bytes that the process holds after it made the tokens, torch and its compiler included."""
+    """Bytes that a process with the package holds after it made tokens one by one, torch and
+    slimfx included."""
+    peak: int
+    """The most that it held until then."""
 
 
 def bench_model(
@@ -85,33 +90,39 @@ def bench_model(
         raise SlimError(f"size {size!r} is not one of {', '.join(SIZES)}")
     rows = []
     for i, name in enumerate(VARIANTS):
-        if progress is not None:
-            progress(i / len(VARIANTS), name)
-        asked = json.dumps([name, model, size, tokens, batch, threads])
-        command = "import sys, slimfx.bench_model as b; b.print_row(sys.argv[1])"
-        done = subprocess.run(
-            [sys.executable, "-c", command, asked], capture_output=True, text=True
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SlimError(f"bench model: {name} failed: {last}")
-        rows.append(ModelRow(**json.loads(done.stdout.splitlines()[-1])))
+        tell = progress or (lambda share, what: None)
+        tell(i / len(VARIANTS), f"{name}: compile")
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "model.pt2")
+            weights = _ask(name, "print_weights", name, model, size, threads, path)
+            tell((i + 0.5) / len(VARIANTS), f"{name}: run")
+            speed = _ask(name, "print_speed", path, tokens, batch, threads)
+        rows.append(ModelRow(name=name, **weights, **speed))
     return tuple(rows)
 
 
-def print_row(asked: str) -> None:
-    """The row of one variant as JSON; what the process of a variant runs."""
-    name, model, size, tokens, batch, threads = json.loads(asked)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    print(json.dumps(asdict(_row(name, model, size, tokens, batch))))
+def _ask(name: str, function: str, *asked: Any) -> dict[str, Any]:
+    """What a function of this module prints in a process of its own."""
+    command = f"import sys, slimfx.bench_model as b; b.{function}(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", command, json.dumps(asked)], capture_output=True, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SlimError(f"bench model: {name} failed: {last}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 @torch.no_grad()
-def _row(name: str, model: str | None, size: str, tokens: int, batch: int) -> ModelRow:
+def print_weights(asked: str) -> None:
+    """Compile a variant into a package and print the bytes of its weights as JSON."""
+    name, model, size, threads, path = json.loads(asked)
+    if threads is not None:
+        torch.set_num_threads(threads)
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-    made = _Logits(_model(model, size, dtype))
-    program = capture(made, {"input_ids": torch.zeros(2, 1, dtype=torch.int64)})
+    made, tokens = _Logits(_model(model, size, dtype)), torch.zeros(2, 1, dtype=torch.int64)
+    rows = {0: Dim("batch", min=1, max=_MOST_ROWS)}
+    program = capture(made, {"input_ids": tokens}, dynamic_shapes={"input_ids": rows})
     del made
     chosen = _chosen(program)
     linear_bytes = sum(program.state_dict[site.fqn].nbytes for site in chosen)
@@ -119,22 +130,28 @@ def _row(name: str, model: str | None, size: str, tokens: int, batch: int) -> Mo
         packed = {site.name: _random(site, i) for i, site in enumerate(chosen)}
         linear_bytes = sum(map(_bytes, packed.values()))
         program = replace_linears(program, chosen, packed)
-        del packed
-        program, _ = lower_cpu(program, rounded=name.endswith("int8 inputs"))
+    rounded = name.endswith("int8 inputs")
+    aoti.save(program, path, accuracy="int8-activations" if rounded else "exact")
     held = {tensor.data_ptr(): tensor.nbytes for tensor in program.state_dict.values()}
-    seconds = _seconds(program, 1, tokens)
+    print(json.dumps({"linear_bytes": linear_bytes, "weight_bytes": sum(held.values())}))
+
+
+def print_speed(asked: str) -> None:
+    """Run a package and print its speed and memory as JSON."""
+    path, tokens, batch, threads = json.loads(asked)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = aoti.load(path)
+    seconds = _seconds(run, 1, tokens)
     middle = statistics.median(seconds)
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [middle] * 3
-    resident = _resident()
-    return ModelRow(
-        name=name,
-        one=1 / middle,
-        one_spread=(quartiles[2] - quartiles[0]) / middle,
-        many=batch / statistics.median(_seconds(program, batch, max(3, tokens // 4))),
-        linear_bytes=linear_bytes,
-        weight_bytes=sum(held.values()),
-        resident=resident,
-    )
+    memory = {"resident": _memory("VmRSS"), "peak": _memory("VmHWM")}
+    speed = {
+        "one": 1 / middle,
+        "one_spread": (quartiles[2] - quartiles[0]) / middle,
+        "many": batch / statistics.median(_seconds(run, batch, max(3, tokens // 4))),
+    }
+    print(json.dumps(speed | memory))
 
 
 class _Logits(nn.Module):
@@ -209,12 +226,8 @@ def _bytes(packed: PackedLinear) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _seconds(program: ExportedProgram, batch: int, steps: int) -> list[float]:
-    """Seconds of each step of a compiled program, the first two left out."""
-    from slimfx.runtime.inductor import compile_graph  # loads the compiler, slow
-
-    torch._dynamo.reset()
-    run = torch.compile(program.module(), backend=compile_graph, dynamic=False)
+def _seconds(run: Callable[..., Any], batch: int, steps: int) -> list[float]:
+    """Seconds of each step, the first two left out."""
     found = []
     for i in range(steps + 2):
         tokens = torch.full((batch, 1), i % 7, dtype=torch.int64)
@@ -224,10 +237,9 @@ def _seconds(program: ExportedProgram, batch: int, steps: int) -> list[float]:
     return found[2:]
 
 
-def _resident() -> int:
-    """Bytes that this process holds; 0 where the system does not say."""
-    gc.collect()
+def _memory(what: str) -> int:
+    """Bytes of this process as Linux counts them; 0 where the system does not say."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")]
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(what)]
     return found[0] if found else 0

@@ -42,7 +42,9 @@ def model(
 
 
 def _table(rows: list[ModelRow], batch: int) -> Table:
-    table = Table("weights", "tokens/s", f"tokens/s, batch {batch}", "linears", "all", "process")
+    table = Table(
+        "weights", "tokens/s", f"tokens/s, batch {batch}", "linears", "all", "process", "peak"
+    )
     dense = rows[0]
     for row in rows:
         table.add_row(
@@ -52,5 +54,6 @@ def _table(rows: list[ModelRow], batch: int) -> Table:
             f"{row.linear_bytes / 1e6:,.0f} MB ({row.linear_bytes / dense.linear_bytes:.3f}x)",
             f"{row.weight_bytes / 1e6:,.0f} MB ({row.weight_bytes / dense.weight_bytes:.3f}x)",
             f"{row.resident / 1e6:,.0f} MB",
+            f"{row.peak / 1e6:,.0f} MB",
         )
     return table

@@ -12,12 +12,14 @@ def test_the_rows_are_sane(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, small = bench_model.bench_model(
         size="tiny", tokens=3, batch=5, threads=1, progress=lambda share, name: told.append(name)
     )
-    assert told == ["float32", "compressed"]
+    assert told == [
+        f"{n}: {what}" for n in ("float32", "compressed") for what in ("compile", "run")
+    ]
     assert small.linear_bytes < 0.15 * dense.linear_bytes  # 2:4 int4 with adapters: 3.7 bits
     assert small.weight_bytes < dense.weight_bytes
     for row in (dense, small):
         assert row.one > 0 and row.many > 0
-        assert row.resident > row.weight_bytes
+        assert row.peak >= row.resident > row.weight_bytes
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
