@@ -8,9 +8,10 @@ dense    codes   uint8 [N, ceil(K bits / 8)]
 bitmask  values  uint8 [ceil(kept bits / 8)]    the values that stay, row after row
          mask    uint8 [N, ceil(K / 8)]         one bit an input, lowest first
 
-Codes have 2, 3, 4 or 8 bits, lie in [-top, top] with top = 2^(bits-1) - 1, and are stored as
-code + top + 1, lowest bits first (at 4 bits: two codes a byte, low nibble first). With bits 16 the
-values are bfloat16 themselves and there is no scale.
+Codes have 2, 3, 4 or 8 bits, lie in [-top - 1, top] with top = 2^(bits-1) - 1 (slimfx itself makes
+none below -top, other libraries do), and are stored as code + top + 1, lowest bits first (at 4
+bits: two codes a byte, low nibble first). With bits 16 the values are bfloat16 themselves and there
+is no scale.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     codes.
     """
     top = 2 ** (bits - 1) - 1
-    if codes.numel() and not -top <= codes.min() <= codes.max() <= top:  # |-128| is no int8
-        raise AssertionError(f"pack_codes: a code is outside [-{top}, {top}]")
+    if codes.numel() and not -top - 1 <= codes.min() <= codes.max() <= top:
+        raise AssertionError(f"pack_codes: a code is outside [{-top - 1}, {top}]")
     unit = math.lcm(8, bits)
     short = -codes.shape[1] % (unit // bits)
     padded = torch.nn.functional.pad(codes.to(torch.int32) + top + 1, (0, short), value=top + 1)

@@ -24,9 +24,13 @@ FORBIDDEN = {
 }
 OPTIONAL = (
     *("transformers", "tokenizers", "datasets", "triton", "onnx", "executorch"),
-    *("matplotlib", "lm_eval"),
+    *("matplotlib", "lm_eval", "onnxscript", "onnxruntime", "torchao", "peft"),
+    "compressed_tensors",
 )
-TERMINAL = {"cli.py", "cli_bench.py", "cli_bench_kernels.py", "cli_bench_model.py", "show.py"}
+TERMINAL = {
+    *("cli.py", "cli_bench.py", "cli_bench_kernels.py", "cli_bench_model.py", "cli_export.py"),
+    "show.py",
+}
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.jit")
 
 
@@ -108,7 +112,7 @@ def test_maths_graph_and_files_keep_to_their_layer(folder: str) -> None:
 def test_only_the_command_line_knows_the_terminal() -> None:
     known = (
         *("typer", "rich", "slimfx.cli", "slimfx.cli_bench", "slimfx.cli_bench_kernels"),
-        "slimfx.cli_bench_model",
+        *("slimfx.cli_bench_model", "slimfx.cli_export"),
         "slimfx.show",
     )
     assert {path.name for path in SOURCES} >= TERMINAL
@@ -179,14 +183,16 @@ def test_no_function_is_longer_than_60_lines(path: Path) -> None:
     assert long == []
 
 
-def test_no_file_is_longer_than_400_lines_and_all_together_11000() -> None:
-    """9000 until CPU kernels, their packages, the torch.compile backend and benches came in."""
+def test_no_file_is_longer_than_400_lines_and_all_together_21000() -> None:
+    """9000 until CPU kernels, their packages, the torch.compile backend and benches came in, 11000
+    until GPU kernels, the cache, three targets and the imports did.
+    """
     lines = {
         name: len(path.read_text(encoding="utf-8").splitlines())
         for name, path in zip(NAMES, SOURCES, strict=True)
     }
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert sum(lines.values()) <= 11000
+    assert sum(lines.values()) <= 21000
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

@@ -30,13 +30,22 @@ def fresh() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "heavy",
     [
-        *("transformers", "tokenizers", "datasets", "triton", "typer", "rich"),
+        *("transformers", "tokenizers", "datasets", "typer", "rich"),
         *("matplotlib", "lm_eval", "onnx", "executorch"),
     ],
 )
 def test_importing_slimfx_does_not_import(fresh: dict[str, Any], heavy: str) -> None:
     assert "slimfx" in fresh["modules"]
     assert heavy not in fresh["modules"]
+
+
+def test_importing_slimfx_imports_no_triton_of_its_own(fresh: dict[str, Any]) -> None:
+    """torch.export imports it where it is installed."""
+    ours = [name for name in fresh["modules"] if name.startswith("slimfx.runtime.kernels")]
+    assert ours == []
+    script = "import sys, torch.export, torch._dynamo; print('triton' in sys.modules)"
+    torchs = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ("triton" in fresh["modules"]) <= (torchs.stdout.strip() == "True")
 
 
 def test_importing_slimfx_opens_no_connection(fresh: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def logits(answer: object) -> Tensor:
 
 def test_the_package_answers_as_the_program(packages: Packages) -> None:
     path, written = packages["native"]
-    assert (written.kernels, written.linears, written.left) == (10, 14, ())
+    assert (written.kernels, written.linears, written.notes) == (10, 14, ())
     assert written.bytes == path.stat().st_size
     run = aoti.load(path)
     program = compressed("llama", "slim-q").module()
@@ -129,7 +129,7 @@ def test_a_package_for_another_place_is_refused(
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     program = compressed("llama", "slim-q")
     for target, path, options, message in (
-        ("onyx", "a.pt2", {}, "target 'onyx' is not one of aoti"),
+        ("onyx", "a.pt2", {}, "target 'onyx' is not one of pt2, aoti"),
         ("aoti", "a.pt2", {"march": "z80"}, "march 'z80' is not one of native"),
         ("aoti", "a.pt2", {"accuracy": "low"}, "accuracy 'low' is not one of exact"),
         ("aoti", "a.so", {}, "named .pt2"),

@@ -218,7 +218,8 @@ def test_a_group_with_more_than_two_values_is_refused(full: int, where: int, bit
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_code_beyond_the_layout_is_refused_by_every_layout(bits: int, sign: int) -> None:
-    for beyond in {top(bits) + 1, 100, 127, 128} - set(range(top(bits) + 1)):
+    last = top(bits) if sign > 0 else top(bits) + 1
+    for beyond in {last + 1, 100, 127, 128} - set(range(last + 1)):
         if not -128 <= sign * beyond <= 127:
             continue
         codes = torch.zeros(3, 8, dtype=torch.int8)
@@ -229,6 +230,13 @@ def test_a_code_beyond_the_layout_is_refused_by_every_layout(bits: int, sign: in
             pack_24(codes, bits)
         with pytest.raises(AssertionError, match="pack_codes"):
             pack_bitmask(codes, codes != 0, bits)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_least_code_that_other_libraries_make_is_kept(bits: int) -> None:
+    codes = torch.tensor([[-top(bits) - 1, 0, 1, 0, 0, 0, 0, -1]], dtype=torch.int8)
+    assert torch.equal(unpack_codes(pack_codes(codes, bits), bits, 8), codes)
+    assert torch.equal(unpack_24(*pack_24(codes, bits), bits, 8), codes)
 
 
 @pytest.mark.parametrize("bits", [4, FLOAT_BITS])

@@ -1,0 +1,1 @@
+"""Compressed checkpoints of other libraries, read into the layouts of `pack`."""

@@ -1,0 +1,129 @@
+"""What every launch of a decode kernel asks and does besides: arguments, devices, partial sums."""
+
+# Jitted functions are Triton's language: constants are annotations.
+# mypy: disable-error-code="name-defined"
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from slimfx.runtime.fragments import Fragments
+from slimfx.runtime.kernels.warp import is_by_lane
+from torch import Tensor
+
+from slimfx.errors import SlimError, need
+
+triton = need("triton")
+tl = need("triton.language")
+
+ROWS_OF_X = 16
+"""Rows of x at most; more are work for the kernels that expand the weight."""
+_SUM = 1024
+
+
+def why_not_on(backend: str, arch: Any) -> str | None:
+    """Why a GPU of Triton's cannot run the decode kernels, or None if it can."""
+    if backend != "cuda":
+        return f"{arch} has no mma.sp and mma.sync instructions; the portable kernels run there"
+    if arch < 80:
+        return f"sm_{arch} is older than sm_80; the portable kernels run there"
+    return None
+
+
+def check(name: str, x: Tensor, weight: Fragments, where: str) -> None:
+    """Refuse what a kernel would misread."""
+    M, K = x.shape if x.dim() == 2 else (0, -1)
+    torch._check(
+        x.dtype is torch.bfloat16 and weight.K == K and 1 <= M <= ROWS_OF_X,
+        lambda: (
+            f"{name}: x is {x.dtype} {tuple(x.shape)}, not bfloat16 [1 to {ROWS_OF_X}, {weight.K}]"
+        ),
+    )
+    check_weight(name, weight, where, x.device)
+
+
+def check_weight(name: str, weight: Fragments, where: str, device: torch.device) -> None:
+    """Refuse a weight that a kernel would misread."""
+    torch._check(
+        weight.where == where and weight.data.device == device,
+        lambda: (
+            f"{name}: the weight is {weight.where} on {weight.data.device}, not {where} on {device}"
+        ),
+    )
+    torch._check(  # Triton takes four words at once only if it knows that it may
+        weight.data.data_ptr() % 16 == 0 and weight.data.is_contiguous(),
+        lambda: f"{name}: the weight's data must be contiguous and begin at a multiple of 16 bytes",
+    )
+
+
+@cache
+def check_device(name: str, device: torch.device) -> None:
+    """Refuse a device that cannot run the kernels; the interpreter runs them on any."""
+    if triton.knobs.runtime.interpret:
+        return
+    if device.type != "cuda":
+        raise SlimError(f"{name}: x is on {device}, not on a GPU; move it and the weight to one")
+    target = triton.runtime.driver.active.get_current_target()
+    reason = why_not_on(target.backend, target.arch)
+    if reason is not None:
+        raise SlimError(f"{name}: {reason}")
+
+
+@cache
+def check_layout(name: str, compiled: Any, warps: int) -> None:
+    """Refuse what a kernel computed if its compiler gave rows to other lanes than assembly needs.
+
+    There is nothing compiled, and nothing to check, in the interpreter.
+    """
+    if compiled is None:
+        return
+    if "ttgir" not in compiled.asm:
+        raise SlimError(
+            f"{name}: Triton kept no TTGIR, so its layout is unknown; unset "
+            "TRITON_STORE_BINARY_ONLY and empty Triton's cache"
+        )
+    if not is_by_lane(compiled.asm["ttgir"], warps):
+        raise SlimError(
+            f"{name}: Triton {triton.__version__} laid its tensors out otherwise than "
+            "threadsPerWarp [32, 1], columns in one thread; use Triton 3.6 or 3.7"
+        )
+
+
+def pairs(x: Tensor) -> Tensor:
+    """x bfloat16 [M, K] as int32 [M, ceil(K / 2)], two numbers a word; a copy where it must be."""
+    odd = x.shape[1] % 2
+    if odd or x.stride(1) != 1 or x.stride(0) % 2 or x.storage_offset() % 2:
+        whole = x.new_zeros(x.shape[0], x.shape[1] + odd)
+        whole[:, : x.shape[1]] = x
+        x = whole
+    return x.view(torch.int32)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts, bias, y, SIZE, N, P: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """y [SIZE] = parts [P, SIZE] in order of P, plus the bias of each column of N."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    total = tl.load(parts + at, inside, 0)
+    for p in tl.static_range(1, P):
+        total += tl.load(parts + p * SIZE + at, inside, 0)
+    if BIAS:
+        total += tl.load(bias + at % N, inside, 0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), inside)
+
+
+def sum_parts(parts: Tensor, bias: Tensor | None) -> Tensor:
+    """bfloat16 [M, N] = the sum of float32 [P, M, N] in order, plus bias [N]."""
+    P, M, N = parts.shape
+    y = torch.empty(M, N, dtype=torch.bfloat16, device=parts.device)
+    sum_parts_kernel[(-(-M * N // _SUM),)](
+        *(parts, y if bias is None else bias, y, M * N, N),
+        P=P,
+        BIAS=bias is not None,
+        BLOCK=_SUM,
+    )
+    return y

@@ -1,0 +1,57 @@
+"""Every short program of the gallery runs as it stands, and says what it should."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GREEDY = re.compile(r"^\d+( \d+){19}$", re.MULTILINE)
+"""Twenty tokens."""
+
+
+def said(name: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", folder],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_decoder_goes_on(tmp_path: Path) -> None:
+    text = said("decoder", tmp_path)
+    assert "The function returns" in text
+    assert "'decode_tokens_per_second'" in text
+
+
+@pytest.mark.parametrize("name", ["sentence_encoder", "vision"])
+def test_answers_stay_near(name: str, tmp_path: Path) -> None:
+    cosines = [float(found) for found in re.findall(r"cosine (0\.\d+)", said(name, tmp_path))]
+    assert cosines and min(cosines) > 0.5
+
+
+def test_a_module_of_ones_own(tmp_path: Path) -> None:
+    dense, small = map(float, re.findall(r"error ([\d.]+)", said("own_module", tmp_path)))
+    assert dense < 0.4
+    assert small < 1.2 * dense
+
+
+def test_the_file_for_torch_alone(tmp_path: Path) -> None:
+    assert "slimfx and transformers were not imported" in said("to_pt2", tmp_path)
+
+
+def test_targets_of_the_same_arithmetic_say_the_same(tmp_path: Path) -> None:
+    found = [GREEDY.search(said(name, tmp_path)) for name in ("to_aoti", "to_onnx", "to_hf")]
+    assert len({match and match.group() for match in found}) == 1
+    assert found[0]
+
+
+def test_executorch_goes_on(tmp_path: Path) -> None:
+    assert GREEDY.search(said("to_pte", tmp_path))
