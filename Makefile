@@ -2,18 +2,24 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test lint sanitize
+.PHONY: demo test test-long lint sanitize gpu
 
 demo: $(VENV)/ready  ## compress two real models, print what it cost, generate text without slimfx
 	$(RUN)/python examples/demo.py
 
-test: $(VENV)/ready  ## the whole suite
-	$(RUN)/pytest -q -n 2
+test: $(VENV)/ready  ## the suite, but for what compiles
+	$(RUN)/pytest -q -n 2 -m "not long"
+
+test-long: $(VENV)/ready  ## kernels and deployment targets, which compile
+	$(RUN)/pytest -q -n 2 -m long
 
 sanitize: $(VENV)/ready  ## the C++ kernels under the address and undefined-behaviour sanitizers
 	SLIMFX_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(RUN)/pytest -q tests/runtime/test_linear_h.py
+
+gpu:  ## tests and benches of the GPU kernels, nothing installed; results/gpu_*.json
+	.ci/gpu
 
 lint: $(VENV)/ready  ## ruff; mypy runs on the installed wheel, in .ci/run
 	$(RUN)/ruff check .

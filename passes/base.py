@@ -5,6 +5,7 @@ edit.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 
 @dataclass
@@ -120,11 +122,38 @@ def add_buffer(change: Edit, fqn: str, tensor: torch.Tensor) -> Node:
 
 
 def written_buffers(program: ExportedProgram) -> set[str]:
-    """The buffers a program may write to: all of them, if it changes anything in place."""
+    """The buffers a program may write to."""
     signature = program.graph_signature
-    if any(changes_in_place(node) for node in program.graph.nodes):
-        return set(signature.inputs_to_buffers.values())
-    return set(signature.buffers_to_mutate.values())
+    written = {node.name for node in written_nodes(program.graph.nodes)}
+    buffers = signature.inputs_to_buffers
+    return {fqn for name, fqn in buffers.items() if name in written} | set(
+        signature.buffers_to_mutate.values()
+    )
+
+
+def written_nodes(nodes: Iterable[Node]) -> set[Node]:
+    """Whose tensors these nodes may write to: what they change in place, and all that this is made
+    of, since it may be a view.
+    """
+    found: set[Node] = set()
+    ahead = [argument for node in nodes for argument in _changed_arguments(node)]
+    while ahead:
+        node = ahead.pop()
+        if node not in found:
+            found.add(node)
+            ahead += node.all_input_nodes
+    return found
+
+
+def _changed_arguments(node: Node) -> list[Node]:
+    found: list[Node] = []
+    if not changes_in_place(node):
+        return found
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            map_arg(value, found.append)
+    return found
 
 
 def changes_in_place(node: Node) -> bool:

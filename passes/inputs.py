@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from slimfx.passes.base import written_buffers
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -41,6 +42,14 @@ def tensor_inputs(program: ExportedProgram) -> dict[str, InputInfo]:
             sizes = tuple(_range(program, size) for size in value.shape)
             found[node.name] = InputInfo(node.name, value.dtype, sizes)
     return found
+
+
+def described(program: ExportedProgram) -> list[dict[str, Any]]:
+    """`tensor_inputs` as JSON holds it: name, dtype, and [smallest, largest] of each dimension."""
+    return [
+        {"name": each.name, "dtype": str(each.dtype), "sizes": [list(size) for size in each.sizes]}
+        for each in tensor_inputs(program).values()
+    ]
 
 
 def _range(program: ExportedProgram, size: int | torch.SymInt) -> tuple[int, int | None]:
@@ -80,3 +89,36 @@ def call_arguments(program: ExportedProgram, batch: Any) -> tuple[tuple[Any, ...
     """The same batch as (args, kwargs) for `program.module()`."""
     args, kwargs = pytree.tree_unflatten(flat_inputs(program, batch), program.call_spec.in_spec)
     return tuple(args), dict(kwargs)
+
+
+def module_of(program: ExportedProgram) -> torch.nn.Module:
+    """`program.module()` with its own copies of what it writes to, so that the program stays."""
+    module = program.module()
+    written = written_buffers(program)
+    for prefix, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and f"{prefix}.{name}".lstrip(".") in written:
+                part._buffers[name] = buffer.clone()
+    return module
+
+
+def rows_at_once(program: ExportedProgram, wanted: int) -> int:
+    """`wanted` rows of text, or the nearest number the program takes."""
+    fewest, most = tensor_inputs(program)["input_ids"].sizes[0]
+    return max(fewest, wanted if most is None else min(wanted, most))
+
+
+def text_batch(program: ExportedProgram, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows of tokens as a program takes them: seen from end to end, from the first position on.
+
+    Rows that it takes more of are the last one again.
+    """
+    missing = tensor_inputs(program)["input_ids"].sizes[0][0] - len(ids)
+    if missing > 0:
+        ids = torch.cat([ids, ids[-1:].expand(missing, -1)])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "cache_position": torch.arange(ids.shape[-1], device=ids.device),
+    }
+    return {name: value for name, value in batch.items() if name in tensor_inputs(program)}

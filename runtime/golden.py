@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,9 +119,30 @@ def _replayed(
     return CheckResult(identical=same, max_difference=worst, tolerance=tolerance)
 
 
-def _difference(found: Tensor, expected: Tensor | None) -> float:
+def compare(
+    found: Sequence[Tensor | None], expected: Sequence[Tensor], tolerance: float
+) -> CheckResult:
+    """How outputs differ from golden ones, in order; one that is missing differs infinitely.
+
+    Raises:
+        ArtifactError: another number of them.
+    """
+    if len(found) != len(expected):
+        raise ArtifactError(f"{len(found)} outputs were given, {len(expected)} were recorded")
+    pairs = list(zip(found, expected))
+    worst = max((_difference(a, b) for a, b in pairs), default=0.0)
+    same = all(a is not None and a.dtype is b.dtype and torch.equal(a, b) for a, b in pairs)
+    return CheckResult(identical=same, max_difference=worst, tolerance=tolerance)
+
+
+def _difference(found: Tensor | None, expected: Tensor | None) -> float:
     """Largest difference relative to the largest golden value; infinite where not comparable."""
-    if expected is None or found.shape != expected.shape or found.dtype != expected.dtype:
+    if (
+        found is None
+        or expected is None
+        or found.shape != expected.shape
+        or found.dtype != expected.dtype
+    ):
         return math.inf
     if not found.numel():
         return 0.0

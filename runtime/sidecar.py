@@ -1,5 +1,5 @@
-"""What travels beside a file of another format: manifest, tokenizer, golden outputs, and the digests
-of the files it belongs to.
+"""What travels beside a file of another format: manifest, tokenizer, golden outputs, and digests of
+the files it belongs to.
 
     model.onnx          the program as its runtime reads it
     model.onnx.slimfx   safetensors: golden inputs and outputs; the rest as JSON in its metadata

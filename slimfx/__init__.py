@@ -6,14 +6,16 @@ slimfx.save(small, "model.pt2", form="aten")
 """
 
 from slimfx.capture import capture
+from slimfx.check import check
 from slimfx.compress import compress
 from slimfx.errors import SlimError
 from slimfx.evaluate import evaluate
 from slimfx.export import export
 from slimfx.generate import generate
+from slimfx.import_checkpoint import import_checkpoint
 from slimfx.plan import plan
 from slimfx.recipe import Recipe
-from slimfx.runtime.targets.pt2 import check, load, save
+from slimfx.runtime.targets.pt2 import load, save
 
 __all__ = [
     "Recipe",
@@ -24,6 +26,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "import_checkpoint",
     "load",
     "plan",
     "save",

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from slimfx.errors import CalibrationError
 from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
-from slimfx.passes.base import changes_in_place, input_specs, lifted_tensor
+from slimfx.passes.base import input_specs, lifted_tensor, written_nodes
 from slimfx.passes.cut_blocks import Block
 from slimfx.passes.find_linears import storage_key
 from slimfx.passes.inputs import flat_inputs, input_names
@@ -128,17 +128,17 @@ def run(
 ) -> Values:
     """Interpret the block's nodes and return the values in `keep`; others go at their last use.
 
-    `watch` is called with a node's value as soon as it is there. A block that changes tensors in
-    place works on copies, so that it can be run again. Gradients are kept as the caller has it.
+    `watch` is called with a node's value as soon as it is there. Tensors that the block changes in
+    place are copies, so that it can be run again. Gradients are kept as the caller has it.
     """
-    writes = any(changes_in_place(node) for node in block.nodes)
-    env = {node: _copy(value) if writes else value for node, value in values.items()}
+    written = written_nodes(block.nodes)
+    env = {node: _copy(value) if node in written else value for node, value in values.items()}
     last_use = {source: node for node in block.nodes for source in node.all_input_nodes}
     inside, watch = set(block.nodes), watch or {}
 
     def value(node: Node) -> Any:
         if node not in env:
-            if not writes:
+            if node not in written:
                 return walk.lifted[node]
             env[node] = _copy(walk.lifted[node])
         return env[node]

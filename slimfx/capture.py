@@ -1,4 +1,6 @@
-"""From a model to an exported program with dynamic batch and sequence."""
+"""From a model to an exported program with dynamic batch and sequence, or with a cache of fixed
+batch and length.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,18 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from slimfx.cache import Decoder, check_decoder, check_model, decoder_inputs
 from slimfx.errors import CaptureError, need
 from slimfx.passes.drop_unused import drop_unused
 from slimfx.runtime.manifest import Manifest, attach
 
 _LONGEST_BATCH = 1024
+_LONGEST_CACHE = 8192
+"""Tokens of a cache, all of which are held in memory, that are not asked for by name."""
+_MODEL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json"),
+    "special_tokens_map.json",
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,6 +38,8 @@ def capture(
     dynamic_shapes: Any = None,
     max_length: int | None = None,
     dtype: str = "float32",
+    kv_cache: bool = False,
+    batch: int = 1,
 ) -> ExportedProgram:
     """Export a model for compression; the model itself is left as it is.
 
@@ -41,6 +52,9 @@ def capture(
             models, else the first dimension of every tensor (give examples of two rows or more).
         max_length: longest sequence of a text model; by default what its configuration says.
         dtype: floating-point type a folder is loaded in.
+        kv_cache: a program (input_ids [batch, S], cache_position [S]) -> logits that remembers the
+            keys and values of `max_length` tokens, for a causal language model.
+        batch: rows of that program; without a cache any number goes.
 
     Raises:
         CaptureError: no such folder, not a model, or torch.export cannot trace it.
@@ -48,9 +62,12 @@ def capture(
     manifest = Manifest()
     if dtype not in _DTYPES:
         raise CaptureError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    _check_cache(kv_cache, batch, given=example_inputs is not None or dynamic_shapes is not None)
     if not isinstance(model, nn.Module):
         manifest = _text_manifest(model)
         model = _load(model, dtype)
+    if kv_cache:
+        return attach(_decoder(model, max_length, batch), manifest)
     kwargs: dict[str, Any] = {}
     args: tuple = ()
     if example_inputs is None:
@@ -61,18 +78,49 @@ def capture(
     else:
         args = tuple(example_inputs)
     traced = _FirstOutput(model) if hasattr(model, "main_input_name") else model
-    with _evaluating(model), torch.no_grad():
-        try:
-            if dynamic_shapes is None:
-                dynamic_shapes = _first_dimension(traced, args, kwargs)
-            program = torch.export.export(
-                traced, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, strict=False
-            )
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            raise CaptureError(
-                f"torch.export cannot trace {type(model).__name__}: {error}"
-            ) from error
+    with _tracing(model):
+        if dynamic_shapes is None:
+            dynamic_shapes = _first_dimension(traced, args, kwargs)
+        program = torch.export.export(
+            traced, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, strict=False
+        )
     return attach(drop_unused(program), manifest)
+
+
+def _check_cache(kv_cache: bool, batch: int, *, given: bool) -> None:
+    """Refuse what does not go together, before any weight is read."""
+    if kv_cache and given:
+        raise CaptureError(
+            "kv_cache makes a program of input_ids and cache_position; leave example_inputs and "
+            "dynamic_shapes out"
+        )
+    if batch < 1 or (batch != 1 and not kv_cache):
+        raise CaptureError(
+            f"batch {batch}: a cache has one row or more, and without kv_cache the batch is free"
+        )
+
+
+def _decoder(model: nn.Module, max_length: int | None, batch: int) -> ExportedProgram:
+    """The program of a causal model with its cache."""
+    check_model(model)
+    longest = _longest(model, max_length)
+    if max_length is None and longest > _LONGEST_CACHE:
+        raise CaptureError(
+            f"{type(model).__name__} takes {longest} tokens and a cache holds all of them in "
+            f"memory; give max_length, more than {_LONGEST_CACHE} only if you need it"
+        )
+    config: Any = model.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    inputs = decoder_inputs(vocabulary, min(16, longest), batch)
+    sequence = Dim("sequence", min=1, max=longest)
+    shapes = {"input_ids": {1: sequence}, "cache_position": {0: sequence}}
+    with _tracing(model):
+        decoder = Decoder(model, longest, batch).eval()
+        check_decoder(decoder, vocabulary)
+        program = torch.export.export(
+            decoder, (), kwargs=inputs, dynamic_shapes=shapes, strict=False
+        )
+    return drop_unused(program)
 
 
 class _FirstOutput(nn.Module):
@@ -116,19 +164,24 @@ def _load(source: str | Path, dtype: str) -> nn.Module:
 
 
 def _text_manifest(source: str | Path) -> Manifest:
-    """Tokenizer and end token of a folder, where it has them."""
+    """Tokenizer, end token and settings of a folder, where it has them."""
     path = Path(source)
     tokenizer = path / "tokenizer.json"
-    config = path / "config.json"
-    eos = None
-    if config.is_file():
+    files = {}
+    for name in _MODEL_FILES:
+        if not (path / name).is_file():
+            continue
         try:
-            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CaptureError(f"{source}: config.json is no JSON mapping ({error})") from error
+            files[name] = json.loads((path / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CaptureError(f"{source}: {name} is no JSON ({error})") from error
+        if not isinstance(files[name], dict):
+            raise CaptureError(f"{source}: {name} is no JSON mapping")
+    eos = files.get("config.json", {}).get("eos_token_id")
     return Manifest(
         tokenizer=tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
         eos_token=eos[0] if isinstance(eos, list) else eos,
+        model_files=files,
     )
 
 
@@ -139,28 +192,34 @@ def _text_inputs(model: nn.Module, max_length: int | None) -> tuple[dict[str, An
             f"{type(model).__name__} does not take input_ids alone; give example_inputs, for "
             f"instance {{'pixel_values': torch.zeros(2, 3, 224, 224)}}"
         )
-    config: Any = model.config
-    generates: Any = getattr(model, "can_generate", None)
-    longest = max_length
-    if longest is None:
-        longest = getattr(config, "max_position_embeddings", None)
-    if longest is None:
-        raise CaptureError(
-            f"{type(model).__name__} does not say how long its input may be; give max_length"
-        )
-    if longest < 2:
-        raise CaptureError(f"max_length {longest} is below 2, the shortest sequence of a program")
+    longest = _longest(model, max_length)
     length = min(16, longest)
+    config: Any = model.config
     ids = (torch.arange(2 * length) % config.vocab_size).reshape(2, length)
     inputs = {"input_ids": ids}
+    generates: Any = getattr(model, "can_generate", None)
     if generates is None or not generates():  # an encoder
         inputs["attention_mask"] = torch.ones_like(ids)
         inputs["attention_mask"][1, length // 2 :] = 0
     dims = {
         0: Dim("batch", min=1, max=_LONGEST_BATCH),
-        1: Dim("sequence", min=2, max=longest),
+        1: Dim("sequence", min=1, max=longest),
     }
     return inputs, dict.fromkeys(inputs, dims)
+
+
+def _longest(model: nn.Module, max_length: int | None) -> int:
+    """How many tokens a program may take."""
+    longest = max_length
+    if longest is None:
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is None:
+        raise CaptureError(
+            f"{type(model).__name__} does not say how long its input may be; give max_length"
+        )
+    if longest < 2:
+        raise CaptureError(f"max_length {longest} is below 2, the least that leaves it free")
+    return longest
 
 
 def _first_dimension(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -177,12 +236,18 @@ def _first_dimension(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -
 
 
 @contextmanager
-def _evaluating(model: nn.Module):  # type: ignore[no-untyped-def]
-    """Evaluation mode for the time of the block; every submodule gets its own mode back."""
+def _tracing(model: nn.Module):  # type: ignore[no-untyped-def]
+    """Evaluation mode without gradients for the time of the block, what goes wrong in it named.
+
+    Every submodule gets its own mode back.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise CaptureError(f"torch.export cannot trace {type(model).__name__}: {error}") from error
     finally:
         for module, training in modes.items():
             module.training = training

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 refused with one line on what and why, 2 wrong usage, 3 a 
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import os
 import sys
 import time
@@ -20,10 +20,11 @@ from rich.table import Table
 from torch.export import ExportedProgram
 
 import slimfx
-from slimfx import cli_bench, cli_bench_kernels, cli_bench_model, show, tasks
+from slimfx import cli_bench, cli_bench_kernels, cli_bench_model, cli_export, show, tasks
 from slimfx.errors import PlanError, SlimError
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
+from slimfx.stepper import is_artifact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +37,9 @@ app = typer.Typer(
 cli_bench.app.command()(cli_bench_kernels.kernels)
 cli_bench.app.command()(cli_bench_model.model)
 app.add_typer(cli_bench.app, name="bench")
+app.command(epilog=cli_export.TARGET_TABLE)(cli_export.export)
+app.command("import")(cli_export.import_checkpoint)
+app.command()(cli_export.check)
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
 Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]
@@ -65,15 +69,21 @@ def capture(
         int | None, typer.Option(help="Longest sequence the program takes.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache", help="Remember keys and values: one token a step.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Rows of the cache.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Export a model to a .pt2 file.
 
-    Example: slimfx capture examples/demo_lm -o dense.pt2
+    Example: slimfx capture examples/demo_lm -o dense.pt2 --kv-cache --max-length 512
     """
     pt2.check_target(output, "op")
     with show.line("capture") as tell:
-        program = slimfx.capture(model, max_length=max_length, dtype=dtype)
+        program = slimfx.capture(
+            model, max_length=max_length, dtype=dtype, kv_cache=kv_cache, batch=batch
+        )
         tell(0.6, f"write {output}")
         size = slimfx.save(program, output)
     show.values({"file": str(output), "bytes": size}, as_json)
@@ -230,18 +240,34 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample within this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given again.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Continue a text.
+    """Continue a text; tokens a second go to standard error.
 
     Example: slimfx generate small.pt2 "The function returns" --temperature 0.8
     """
+    source = model if is_artifact(model) else _program(model)
     pieces = slimfx.generate(
-        _program(model), prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
+        *(source, prompt),
+        tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
     )
+    if as_json:
+        text = "".join(pieces)
+        show.values({"prompt": prompt, "text": text, **pieces.took.figures()}, True)
+        return
     typer.echo(prompt, nl=False)
     for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
+    said = (f"{name.replace('_', ' ')}: {value}" for name, value in pieces.took.figures().items())
+    typer.echo(", ".join(said), err=True)
 
 
 @app.command()
@@ -266,51 +292,6 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
         },
         False,
     )
-
-
-@app.command()
-def export(
-    artifact: Artifact,
-    target: Annotated[str, typer.Argument(help="aoti: machine code, needs torch alone.")],
-    output: Output,
-    march: Annotated[
-        str, typer.Option(help="native, x86-64-v3 (AVX2) or x86-64-v4 (AVX-512).")
-    ] = "native",
-    accuracy: Annotated[
-        str, typer.Option(help="exact, or int8-activations for faster products.")
-    ] = "exact",
-    as_json: Json = False,
-) -> None:
-    """Write a compressed program for a place that deploys it.
-
-    Example: slimfx export small.pt2 aoti -o small-native.pt2
-    """
-    with show.line("export") as tell:
-        program = slimfx.load(artifact)
-        tell(0.1, f"compile {output}")
-        written = slimfx.export(program, target, output, march=march, accuracy=accuracy)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(written), indent=1))
-        return
-    typer.echo(
-        f"{output}: {show.size(written.bytes)}, {written.linears} compressed linears in "
-        f"{written.kernels} kernel calls"
-    )
-    for reason in written.left:
-        typer.echo(f"left to ATen: {reason}")
-
-
-@app.command()
-def check(artifact: Artifact, as_json: Json = False) -> None:
-    """Run an artifact on its recorded inputs and compare with its recorded outputs.
-
-    Example: slimfx check small.pt2
-    """
-    with show.line("check"):
-        result = slimfx.check(artifact)
-    show.values({**dataclasses.asdict(result), "passed": result.passed}, as_json)
-    if not result.passed:
-        raise typer.Exit(3)
 
 
 def _program(model: str) -> ExportedProgram:
@@ -360,3 +341,5 @@ def _quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):  # what transformers imports where it is there
+        logging.getLogger(name).setLevel(logging.ERROR)

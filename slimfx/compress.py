@@ -288,4 +288,5 @@ def _manifest(
         },
         tokenizer=own.tokenizer,
         eos_token=own.eos_token,
+        model_files=own.model_files,
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from slimfx.errors import ArtifactError, CalibrationError, need
-from slimfx.passes.inputs import flat_inputs, tensor_inputs
+from slimfx.passes.inputs import flat_inputs, rows_at_once, tensor_inputs, text_batch
 from slimfx.recipe import Calibration
 from slimfx.runtime.manifest import manifest_of
 
@@ -42,7 +42,8 @@ def batches(program: ExportedProgram, source: Any, how: Calibration) -> list[Bat
     """Calibration batches for a program.
 
     Documents become padded samples with their mask when the program has an `attention_mask`, and
-    otherwise windows drawn from the concatenated tokens, at places that `how.seed` fixes.
+    otherwise windows drawn from the concatenated tokens, at places that `how.seed` fixes. A program
+    with a cache reads each window from its first position on.
 
     Raises:
         CalibrationError: no such source, no tokenizer, or too little text.
@@ -58,14 +59,30 @@ def batches(program: ExportedProgram, source: Any, how: Calibration) -> list[Bat
             f"calibration as a list of batches (tensors, or mappings from input name to tensor)"
         )
     if isinstance(source, Tensor) and source.dim() == 2:
-        return list(source.split(how.batch))
+        return _rows(program, source, how.batch)
     length = longest(program, how.length)
     if "attention_mask" in inputs:
         return padded_batches(program, documents(source)[: how.samples], length, how.batch)
     characters = _CHARACTERS * how.samples * length
     stream = token_stream(program, source, characters=characters, seed=how.seed)
-    windows = random_windows(stream, samples=how.samples, length=length, seed=how.seed)
-    return list(windows.split(how.batch))
+    fewest, rows = rows_at_once(program, 1), rows_at_once(program, how.batch)
+    left = how.samples % rows
+    samples = how.samples + (fewest - left if 0 < left < fewest else 0)
+    windows = random_windows(stream, samples=samples, length=length, seed=how.seed)
+    return _rows(program, windows, how.batch)
+
+
+def _rows(program: ExportedProgram, ids: Tensor, size: int) -> list[Batch]:
+    """Rows of tokens, so many at once as the program takes."""
+    parts, fewest = list(ids.split(rows_at_once(program, size))), rows_at_once(program, 1)
+    if len(parts[-1]) < fewest:
+        raise CalibrationError(
+            f"{len(parts[-1])} of {len(ids)} rows of tokens are left over, and the program takes "
+            f"{fewest} at once; give a multiple of that"
+        )
+    if "cache_position" not in tensor_inputs(program):
+        return parts
+    return [text_batch(program, part) for part in parts]
 
 
 def longest(program: ExportedProgram, length: int) -> int:
@@ -220,7 +237,16 @@ def python_documents() -> tuple[list[str], list[str]]:
 
 def tokenizer_of(program: ExportedProgram):  # type: ignore[no-untyped-def]
     """A fresh `tokenizers.Tokenizer` from the program's manifest."""
-    text = manifest_of(program).tokenizer
+    return read_tokenizer(manifest_of(program).tokenizer)
+
+
+def read_tokenizer(text: str | None):  # type: ignore[no-untyped-def]
+    """A `tokenizers.Tokenizer` of its JSON document.
+
+    Raises:
+        CalibrationError: there is none.
+        ArtifactError: it cannot be read.
+    """
     if text is None:
         raise CalibrationError(
             "the program carries no tokenizer; capture it from a folder that has one, or give "

@@ -14,7 +14,13 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from slimfx import data
 from slimfx.errors import CalibrationError, SlimError
-from slimfx.passes.inputs import call_arguments, tensor_inputs
+from slimfx.passes.inputs import (
+    call_arguments,
+    module_of,
+    rows_at_once,
+    tensor_inputs,
+    text_batch,
+)
 
 Progress = Callable[[float, str], None]
 
@@ -75,15 +81,16 @@ def _perplexity(
         raise CalibrationError(
             f"the text has {len(stream)} tokens, one window needs {length}; give more text"
         )
-    module = program.module()
-    total, count = 0.0, 0
-    for i, batch in enumerate(windows.split(4)):
-        args, kwargs = call_arguments(program, _with_mask(program, batch))
-        logits = module(*args, **kwargs)[:, :-1]
+    module, rows = module_of(program), rows_at_once(program, 4)
+    total, count, done = 0.0, 0, 0
+    for batch in windows.split(rows):
+        args, kwargs = call_arguments(program, text_batch(program, batch))
+        logits = module(*args, **kwargs)[: len(batch), :-1]
         loss = cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
         total += loss.item()
         count += batch[:, 1:].numel()
-        tell(min(4 * (i + 1), len(windows)) / len(windows), "perplexity")
+        done += len(batch)
+        tell(done / len(windows), "perplexity")
     return Quality("perplexity", math.exp(total / count), len(windows), count)
 
 
@@ -92,7 +99,7 @@ def _cosine(
     program: ExportedProgram, dense: ExportedProgram, batches: list[Any], tell: Progress
 ) -> Quality:
     """Mean cosine between the two programs' embeddings, one for each sample."""
-    modules = (program.module(), dense.module())
+    modules = (module_of(program), module_of(dense))
     found, tokens = [], 0
     for i, batch in enumerate(batches):
         pair = []
@@ -119,8 +126,3 @@ def _embedding(output: Any, batch: Any) -> Tensor:
         return output.flatten(1).double()
     weight = mask[..., None].double()
     return (output.double() * weight).sum(1) / weight.sum(1)
-
-
-def _with_mask(program: ExportedProgram, ids: Tensor) -> dict[str, Tensor]:
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {name: value for name, value in batch.items() if name in tensor_inputs(program)}

@@ -15,7 +15,7 @@ from torch.export.graph_signature import OutputKind
 
 from slimfx import data
 from slimfx.errors import SlimError, need
-from slimfx.passes.inputs import call_arguments, tensor_inputs
+from slimfx.passes.inputs import call_arguments, module_of, tensor_inputs, text_batch
 from slimfx.runtime.manifest import manifest_of
 
 Row = tuple[int, ...]
@@ -170,7 +170,8 @@ def reader(program: ExportedProgram) -> tuple[Read, int | None]:
         SlimError: the program is not input_ids -> logits over its tokenizer's vocabulary.
     """
     inputs = tensor_inputs(program)
-    if list(inputs) != ["input_ids"] or len(inputs["input_ids"].sizes) != 2:
+    names = (["input_ids"], ["input_ids", "cache_position"])
+    if list(inputs) not in names or len(inputs["input_ids"].sizes) != 2:
         raise SlimError(
             f"tasks need a program of input_ids -> logits, this one takes "
             f"{', '.join(inputs) or 'no tensors'}; for encoders compare with --dense"
@@ -184,7 +185,7 @@ def reader(program: ExportedProgram) -> tuple[Read, int | None]:
         )
     info = inputs["input_ids"]
     (fewest, most), (shortest, _) = info.sizes
-    module = program.module()
+    module = module_of(program)
 
     @torch.no_grad()
     def read(rows: Sequence[Row]) -> list[Tensor]:
@@ -192,7 +193,7 @@ def reader(program: ExportedProgram) -> tuple[Read, int | None]:
         ids = torch.zeros(shape, dtype=info.dtype)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
-        args, kwargs = call_arguments(program, {"input_ids": ids})
+        args, kwargs = call_arguments(program, text_batch(program, ids))
         logits = module(*args, **kwargs)
         return [logits[i, : len(row)] for i, row in enumerate(rows)]
 

@@ -1,9 +1,21 @@
 """Every test runs offline, on few threads, and leaves the global random state as it found it."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
+
+LONG = (
+    *("kernels/", "gpu/", "runtime/test_gpu", "runtime/test_select.py", "passes/test_lower_gpu.py"),
+    *("runtime/test_aoti.py", "runtime/test_hf.py", "runtime/test_onnx", "runtime/test_pte.py"),
+    *("passes/test_lower_onnx.py", "passes/test_lower_pte.py", "passes/test_grow_cache.py"),
+    *("e2e/test_cache", "e2e/test_cpp_runner.py", "e2e/test_examples.py", "e2e/test_targets.py"),
+    *("test_import_checkpoint.py", "test_bench_model.py", "test_bench_kernels.py"),
+)
+"""Files of `make test-long`: kernels and deployment targets, which compile; `make test` has all
+others.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +39,11 @@ def same_random_state() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Two workers share the machine; torch must not start more threads than there are cores."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `LONG`."""
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(root).as_posix().startswith(LONG):
+            item.add_marker(pytest.mark.long)

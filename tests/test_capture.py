@@ -98,9 +98,9 @@ def test_the_program_answers_as_the_module(kind: str) -> None:
 def test_a_causal_model_needs_no_examples_and_knows_its_longest_input() -> None:
     program = slimfx.capture(tiny_llama())
     [info] = tensor_inputs(program).values()
-    assert (info.name, info.sizes) == ("input_ids", ((1, 1024), (2, LONGEST)))
+    assert (info.name, info.sizes) == ("input_ids", ((1, 1024), (1, LONGEST)))
     shorter = slimfx.capture(tiny_llama(), max_length=20)
-    assert tensor_inputs(shorter)["input_ids"].sizes[1] == (2, 20)
+    assert tensor_inputs(shorter)["input_ids"].sizes[1] == (1, 20)
     assert manifest_of(program) == Manifest()
 
 
@@ -150,7 +150,7 @@ def test_a_model_that_does_not_say_how_long_its_input_is_asks_for_it() -> None:
     with pytest.raises(CaptureError, match=r"BloomForCausalLM .* give max_length"):
         slimfx.capture(model)
     [info] = tensor_inputs(slimfx.capture(model, max_length=8)).values()
-    assert info.sizes[1] == (2, 8)
+    assert info.sizes[1] == (1, 8)
 
 
 @pytest.mark.parametrize("length", [0, 1])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from slimfx.passes.decompose import decompose, slimfx_nodes
-from slimfx.passes.inputs import tensor_inputs
+from slimfx.passes.inputs import described
 from slimfx.passes.lower_cpu import Lowered, lower_cpu
 from slimfx.runtime import archive, golden
 from slimfx.runtime.golden import CheckResult
@@ -92,7 +92,7 @@ def save(
             accuracy=accuracy,
             needs=_needs(march),
             torch=torch.__version__,
-            inputs=tuple(_described(program)),
+            inputs=tuple(described(program)),
             left=report.left,
         )
         compiled = part.with_suffix(".pt2")
@@ -284,13 +284,6 @@ def _capabilities() -> dict[str, Any]:
 
 def _minor(version: str) -> str:
     return version.split("+")[0].rpartition(".")[0]
-
-
-def _described(program: ExportedProgram) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "dtype": str(each.dtype), "sizes": [list(size) for size in each.sizes]}
-        for name, each in tensor_inputs(program).items()
-    ]
 
 
 def _check_inputs(values: list[Any], package: Package) -> None:

@@ -24,8 +24,9 @@ import safetensors.torch
 import torch
 from slimfx.passes.base import edit, written_buffers
 from slimfx.passes.find_linears import PREFIX, storage_key
+from slimfx.passes.inputs import described
 from slimfx.runtime import archive, sidecar
-from slimfx.runtime.golden import CheckResult
+from slimfx.runtime.golden import CheckResult, compare
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.sidecar import Sidecar
 from slimfx.runtime.targets.hf_card import card, sentences
@@ -79,7 +80,11 @@ def save(
     inputs, output = _golden(stored)
     with new_folder(path, SIDECAR, TARGET) as folder:
         files = _write(folder, parts, manifest)
-        record = {"compute": _name(parts.compute), "causal": parts.causal}
+        record = {
+            "compute": _name(parts.compute),
+            "causal": parts.causal,
+            "inputs": described(program),
+        }
         beside = Sidecar(TARGET, manifest, record, inputs, {"output": output})
         sidecar.write(folder / SIDECAR, beside, files)
         size = sum(file.stat().st_size for file in (*files, folder / SIDECAR))
@@ -122,15 +127,8 @@ def check(path: str | Path, *, tolerance: float | None = None) -> CheckResult:
     beside = sidecar.read(path / SIDECAR, TARGET)
     if tolerance is None:
         tolerance = TOLERANCES.get(_recorded(path, beside)[0], _ROUNDED_TOLERANCE)
-    found, expected = _answers(path, beside)(**beside.inputs), beside.outputs["output"]
-    if found.shape != expected.shape:
-        raise ArtifactError(
-            f"{path}: answers with {tuple(found.shape)}, the golden output is "
-            f"{tuple(expected.shape)}"
-        )
-    largest = max(expected.double().abs().max().item(), 1e-30)
-    gap = (found.double() - expected.double()).abs().max().item() / largest
-    return CheckResult(torch.equal(found, expected), gap, tolerance)
+    found = _answers(path, beside)(**beside.inputs)
+    return compare([found], [beside.outputs["output"]], tolerance)
 
 
 def _check_model_files(path: Path, manifest: Manifest) -> None:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import LONGEST, captured, case, ids, normal
-from slimfx.passes.inputs import call_arguments, flat_inputs, tensor_inputs
+from models import LONGEST, captured, case, ids, normal, tiny_llama
+from slimfx.passes.base import written_buffers
+from slimfx.passes.inputs import (
+    call_arguments,
+    flat_inputs,
+    module_of,
+    rows_at_once,
+    tensor_inputs,
+    text_batch,
+)
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -17,7 +25,7 @@ def test_a_text_program_names_its_input_with_dtype_and_ranges() -> None:
     [(name, info)] = tensor_inputs(captured("llama")).items()
     assert name == info.name == "input_ids"
     assert info.dtype is torch.int64
-    assert info.sizes == ((1, 1024), (2, LONGEST))
+    assert info.sizes == ((1, 1024), (1, LONGEST))
 
 
 def test_an_encoder_has_its_two_inputs_in_call_order() -> None:
@@ -140,3 +148,58 @@ class Halves(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.view(-1, 2, 16).sum(1)
+
+
+class Counter(nn.Module):
+    """Adds to a buffer and reads another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("fixed", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(x.sum())
+        return x + self.seen + self.fixed
+
+
+def test_a_module_of_ones_own_writes_to_its_own_buffers() -> None:
+    program = slimfx.capture(Counter(), (torch.ones(2, 3),))
+    assert written_buffers(program) == {"seen"}
+    first, second = module_of(program), module_of(program)
+    x = torch.ones(2, 3)
+    assert first(x)[0, 0] == 1 + 6 + 1
+    assert first(x)[0, 0] == 1 + 12 + 1
+    assert second(x)[0, 0] == 1 + 6 + 1
+    assert program.state_dict["seen"] == 0
+    assert first.get_buffer("fixed").data_ptr() == program.state_dict["fixed"].data_ptr()
+
+
+def test_what_a_view_is_of_may_be_written_to_as_well() -> None:
+    class ThroughAView(Counter):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.view(1, 1)[0].add_(1)
+            return x + self.seen
+
+    program = slimfx.capture(ThroughAView(), (torch.ones(2, 3),))
+    assert written_buffers(program) == {"seen"}
+    assert module_of(program)(torch.ones(2, 3))[0, 0] == 2
+    assert program.state_dict["seen"] == 0
+
+
+def test_rows_of_text_come_as_the_program_takes_them() -> None:
+    tokens = ids(1, 3, 5)
+    assert list(text_batch(captured("llama"), tokens)) == ["input_ids"]
+    encoder = text_batch(captured("bert"), tokens)
+    assert encoder["attention_mask"].shape == (3, 5) and encoder["attention_mask"].all()
+    assert rows_at_once(captured("llama"), 2000) == 1024
+    assert rows_at_once(captured("llama"), 7) == 7
+
+
+def test_missing_rows_are_the_last_one_again() -> None:
+    program = slimfx.capture(tiny_llama(), kv_cache=True, max_length=8, batch=4)
+    assert [rows_at_once(program, wanted) for wanted in (1, 4, 9)] == [4, 4, 4]
+    tokens = ids(1, 3, 5)
+    batch = text_batch(program, tokens)
+    assert batch["cache_position"].tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(batch["input_ids"], tokens[[0, 1, 2, 2]])
