@@ -55,8 +55,9 @@ def _symbols(program: ExportedProgram) -> Iterator[tuple[Any, str, tuple[int, in
     values = _values(program)
     for where, place in (("length", 1), ("batch", 0)):
         for value in values:
-            if value.dim() > place and isinstance(value.shape[place], torch.SymInt):
-                symbol = value.shape[place].node.expr
+            size: Any = value.shape[place] if value.dim() > place else None
+            if isinstance(size, torch.SymInt):
+                symbol = size.node.expr
                 limits = program.range_constraints[symbol]
                 most = _NO_LIMIT if limits.upper > _NO_LIMIT else int(limits.upper)
                 yield symbol, where, (max(1, int(limits.lower)), most)

@@ -144,13 +144,13 @@ def _lay_out(lowering: _Lowering) -> None:
     """Store parameters row after row: ExecuTorch's kernels refuse other orders."""
     held = lowering.change.state_dict
     for node in lowering.change.graph.nodes:
-        spec = lowering.specs.get(node.name)
-        tensor = held.get(str(spec.target)) if spec is not None else None
+        target = str(lowering.specs[node.name].target) if node.name in lowering.specs else ""
+        tensor = held.get(target)
         if tensor is None or tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
             continue
         made = _row_by_row(tensor)
         parameter = isinstance(tensor, torch.nn.Parameter)
-        held[str(spec.target)] = torch.nn.Parameter(made, False) if parameter else made
+        held[target] = torch.nn.Parameter(made, False) if parameter else made
         mode = fake_mode(lowering.change.graph)
         node.meta["val"] = mode.from_tensor(made, static_shapes=True)
 
@@ -252,9 +252,9 @@ def _bias(lowering: _Lowering, node: Node) -> tuple[Node, list[Node]]:
     user = next(iter(node.users), node)
     if len(node.users) == 1 and user.target is aten.add.Tensor and len(user.args) == 2:
         left, right = user.args
-        stored = isinstance(right, Node) and right.name in lowering.specs
-        if left is node and stored and right.meta["val"].shape == node.meta["val"].shape[-1:]:
-            return user, [right]
+        if left is node and isinstance(right, Node) and right.name in lowering.specs:
+            shapes = [each.meta["val"].shape for each in (right, node)]
+            return (user, [right]) if shapes[0] == shapes[1][-1:] else (node, [])
     return node, []
 
 
@@ -269,11 +269,10 @@ def _integers(lowering: _Lowering, product: _Product, x: Node, bias: list[Node])
         lowering.buffer(f"{stem}_pte_{name}", tensor.flatten() if single else tensor)
         for name, tensor in (("scale", scale), ("zero", zero))
     )
-    if single:
-        op, args = quantized.dequantize_per_channel.default, (0, -128, 127, torch.int8)
-    else:
+    op, args = quantized.dequantize_per_channel.default, [0, -128, 127, torch.int8]
+    if not single:
         op = quantized.dequantize_per_channel_group.default
-        args = (-8, 7, torch.int8, product.values.shape[1] // scale.shape[1], torch.float32)
+        args = [-8, 7, torch.int8, product.values.shape[1] // scale.shape[1], torch.float32]
     weight = lowering.call(product.node, op, codes, scales, zeros, *args)
     x = _rounded(lowering, product.node, x)
     return lowering.call(product.node, aten.linear.default, x, weight, *bias)

@@ -28,11 +28,13 @@ from slimfx.data import is_batches
 from slimfx.dynamo_graph import Captured, Input, capture_graph, export_graph, shape_of
 from slimfx.errors import CalibrationError, SlimError
 from slimfx.passes.find_linears import Site, find_linears
-from slimfx.passes.lower_cpu import Lowered, lower_cpu
+from slimfx.passes.lower_cpu import lower_cpu
+from slimfx.passes.lower_gpu import lower_gpu
 from slimfx.passes.replace_linears import packed_linear, replace_linears
 from slimfx.recipe import Recipe
 from slimfx.runtime.ops import REFERENCES
 from slimfx.runtime.pack import PackedLinear
+from slimfx.runtime.select import Gpu, gpu_of
 from slimfx.runtime.targets.aoti import ACCURACIES
 from slimfx.stored_weights import lay_out_
 from slimfx.writes import Mark
@@ -136,9 +138,10 @@ def _of_compressed(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
     """A compiled graph of stored weights, which refuses to run when one of these has changed."""
+    gpu = _gpu_of(example_inputs, options)
     with torch.no_grad():
-        report, marks = lay_out_(gm, example_inputs, rounded=options.rounded)
-        _warn_of(report)
+        report, marks = lay_out_(gm, example_inputs, rounded=options.rounded, gpu=gpu)
+        _warn_of(report.left)
         compiled = _lower(gm, example_inputs)
     at = {id(tensor): i for i, tensor in enumerate(example_inputs)}
     known = [(at[id(mark.tensor())], mark.tensor, mark.version) for mark in marks]
@@ -155,11 +158,25 @@ def _of_compressed(
     return run
 
 
-def _warn_of(report: Lowered) -> None:
-    if report.left:
+def _gpu_of(tensors: Sequence[Any], options: Options) -> Gpu | None:
+    """The GPU that they are on, if any.
+
+    Raises:
+        SlimError: its kernels are asked for eight-bit inputs, which they do not take.
+    """
+    devices = [each.device for each in tensors if isinstance(each, Tensor) and each.is_cuda]
+    if devices and options.rounded:
+        raise SlimError(
+            f"backend slim: accuracy 'int8-activations' is for CPUs, the model is on {devices[0]}"
+        )
+    return gpu_of(devices[0]) if devices else None
+
+
+def _warn_of(left: Sequence[str]) -> None:
+    if left:
         warnings.warn(
-            f"backend slim: {len(report.left)} compressed linears have no kernel and run as ATen, "
-            f"slowly; the first: {report.left[0]}",
+            f"backend slim: {len(left)} compressed linears have no kernel and run as ATen, slowly; "
+            f"the first: {left[0]}",
             stacklevel=2,
         )
 
@@ -196,8 +213,13 @@ class _OnTheFly:
             return self.captured.gm(*args)
         if self.compiled is None:
             program = _compressed(self.captured, args, self.options, self.calls)
-            lowered, report = lower_cpu(program, rounded=self.options.rounded)
-            _warn_of(report)
+            gpu = _gpu_of(args, self.options)
+            if gpu is None:
+                lowered, on_cpu = lower_cpu(program, rounded=self.options.rounded)
+                _warn_of(on_cpu.left)
+            else:
+                lowered, on_gpu = lower_gpu(program, gpu)
+                _warn_of(on_gpu.left)
             self.compiled = torch.compile(lowered.module(), backend=_lower)
             self.marks = {name: _watched(tensor) for name, tensor in held.items()}
             self.numbers = self.captured.numbers(args)

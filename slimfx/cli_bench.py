@@ -98,12 +98,15 @@ def collect(rows: Iterable[Row], output: Path | None) -> list[Row]:
 
 def record(rows: Sequence[Any]) -> str:
     """Rows of a table as JSON, with what they were measured on and by."""
-    about = {
+    about: dict[str, Any] = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"slimfx": version("slimfx"), "torch": torch.__version__},
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+    if torch.cuda.is_available():
+        about["versions"] |= {"triton": version("triton"), "cuda": torch.version.cuda}
+        about["gpu"] = torch.cuda.get_device_name()
     return json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from slimfx import bench_kernels, cli_bench, show
+from slimfx import bench_gpu, bench_kernels, cli_bench, show
 from slimfx.bench_contenders import FLOAT, OURS
+from slimfx.bench_gpu import GpuRow
 from slimfx.bench_kernels import KernelRow
 from slimfx.errors import SlimError, need
 from slimfx.runtime.archive import atomic
@@ -24,7 +26,14 @@ def kernels(
     shapes: Annotated[
         str, typer.Option(help="Models or KxN, with commas: llama-2-7b,4096x14336.")
     ] = "llama-2-7b",
-    rows: Annotated[str, typer.Option(help="Rows of x, with commas.")] = "1,4,16,64,512",
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Rows of x, with commas. Default: 1,4,16,64,512; to 4096 on cuda."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: whole layers of models.")] = "cpu",
+    budget: Annotated[
+        float | None, typer.Option(min=1, help="On cuda: seconds after which no layer is begun.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the rows as JSON.")
@@ -38,9 +47,14 @@ def kernels(
 
     Example: slimfx bench kernels --shapes 4096x4096 --rows 1,16
     """
-    chosen, counts = bench_kernels.shapes(shapes), _counts(rows)
     if plot is not None:
         need("matplotlib")  # before the work, not after it
+    if device == "cuda":
+        _on_cuda(shapes, rows, budget, output, plot, as_json)
+        return
+    if device != "cpu":
+        raise SlimError(f"device {device!r} is neither cpu nor cuda")
+    chosen, counts = bench_kernels.shapes(shapes), _counts(rows or "1,4,16,64,512")
     if threads is not None:
         torch.set_num_threads(threads)
     with show.line("kernels") as tell:
@@ -52,6 +66,77 @@ def kernels(
         typer.echo(cli_bench.record(found))
         return
     Console().print(kernels_table(found))
+
+
+def _on_cuda(
+    models: str,
+    rows: str | None,
+    budget: float | None,
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Whole layers of models on the GPU."""
+    bench_gpu.check_device("cuda")
+    layers, counts = bench_gpu.layers(models), _counts(rows or ",".join(map(str, bench_gpu.ROWS)))
+    with show.line("kernels") as tell:
+        tell(0.0, "compile")
+        bench_gpu.compile_in_parallel(layers, counts, max(1, min(8, (os.cpu_count() or 2) // 2)))
+        measured = bench_gpu.bench_gpu(layers, counts, budget=budget, progress=tell)
+        found = cli_bench.collect(measured, output)
+    if plot is not None:
+        _draw(found, plot, base="bfloat16", ours=("slim", "slim lora"))
+    if as_json:
+        typer.echo(cli_bench.record(found))
+    else:
+        Console().print(gpu_table(found))
+    failed = [row for row in found if row.note.startswith(bench_gpu.FAILED)]
+    if failed:
+        raise SlimError(
+            f"{failed[0].name} on {failed[0].layer}, M={failed[0].M}: {failed[0].note} "
+            f"({len(failed)} of {len(found)} rows)"
+        )
+
+
+def gpu_table(rows: Sequence[GpuRow]) -> Table:
+    """For each layer and M the microseconds and, under them, the speed over bfloat16; under ours
+    also the share of a plain copy's GB/s and the kernel.
+    """
+    names = list(dict.fromkeys(row.name for row in rows))
+    table = Table(box=box.SIMPLE_HEAD, padding=0, caption=_gpu_note(rows))
+    table.add_column("layer KxN", no_wrap=True)
+    for name in ("M", *names):
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for layer, M in dict.fromkeys((row.layer, row.M) for row in rows if row.M):
+        here = {row.name: row for row in rows if (row.layer, row.M) == (layer, M)}
+        table.add_row(layer, str(M), *(_gpu_cell(here[name]) for name in names))
+    return table
+
+
+def _gpu_cell(row: GpuRow) -> str:
+    if row.seconds is None:
+        return "-"
+    lines = [f"{1e6 * row.seconds:.3g} us", f"{row.speedup:.3g}x" if row.speedup else "-"]
+    if row.kernel:
+        lines += [f"{row.share:.0%}", row.kernel]
+    return "\n".join(lines)
+
+
+def _gpu_note(rows: Sequence[GpuRow]) -> str:
+    ceiling = max((row.ceiling or 0.0 for row in rows), default=0.0)
+    slower = [
+        f"{r.layer} M={r.M} {r.name}" for r in rows if r.note.startswith("slower") and r.kernel
+    ]
+    others = dict.fromkeys(
+        f"{row.name}: {row.note}" for row in rows if row.note and not row.note.startswith("slower")
+    )
+    return (
+        "Microseconds of the median CUDA graph replay and bfloat16's divided by them; under ours "
+        f"the share of a plain copy, which has {ceiling:.0f} GB/s. Slower than bfloat16: "
+        + (", ".join(slower) or "none of ours")
+        + "."
+        + "".join(f" {each}." for each in others)
+    )
 
 
 def _counts(text: str) -> list[int]:
@@ -100,19 +185,25 @@ def _cell(row: KernelRow) -> str:
     return "\n".join(lines)
 
 
-def _draw(rows: Sequence[KernelRow], path: Path) -> None:
-    """Speed over float32 against M, a panel for each shape and a line for each contender."""
+def _draw(
+    rows: Sequence[KernelRow] | Sequence[GpuRow],
+    path: Path,
+    *,
+    base: str = FLOAT,
+    ours: Sequence[str] = OURS,
+) -> None:
+    """Speed over floats against M, a panel for each shape and a line for each contender."""
     matplotlib = need("matplotlib.figure")
-    shapes = list(dict.fromkeys(row.shape for row in rows))
+    shapes = list(dict.fromkeys(_place(row) for row in rows if row.seconds))
     columns = min(3, len(shapes))
     lines = math.ceil(len(shapes) / columns)
     figure = matplotlib.Figure(figsize=(4.5 * columns, 4 * lines + 0.6), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, shape in zip(panels, shapes, strict=False):
-        here = [row for row in rows if row.shape == shape and row.speedup]
+        here = [row for row in rows if _place(row) == shape and row.speedup]
         for name in dict.fromkeys(row.name for row in here):
             points = [(row.M, row.speedup) for row in here if row.name == name]
-            width = 2.5 if name in OURS else 1
+            width = 2.5 if name in ours else 1
             axes.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
@@ -124,7 +215,11 @@ def _draw(rows: Sequence[KernelRow], path: Path) -> None:
         axes.grid(alpha=0.3)
     for axes in panels[len(shapes) :]:
         axes.remove()
-    panels[0].set_ylabel("speed over float32")
+    panels[0].set_ylabel(f"speed over {base}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=9)
     with atomic(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+
+
+def _place(row: KernelRow | GpuRow) -> str:
+    return row.shape if isinstance(row, KernelRow) else row.layer

@@ -89,8 +89,8 @@ def stepper(source: ExportedProgram | str | Path | Stepper) -> Stepper:
     """A program, the file of one, or what is a stepper already.
 
     Args:
-        source: files are exported programs and compiled packages (.pt2), .onnx and .pte; folders are
-            those that `export` wrote.
+        source: files are exported programs and compiled packages (.pt2), .onnx and .pte; folders
+            are those that `export` wrote.
 
     Raises:
         SlimError: it is not input_ids -> logits, or its runtime is not installed.

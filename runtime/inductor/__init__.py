@@ -6,9 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from slimfx.runtime.gpu_ops import OP
+from slimfx.runtime.inductor import gpu_linear
 from slimfx.runtime.inductor.cpu_linear import library, lower_linear_cpu
 from slimfx.runtime.ops import REFERENCES
 from torch._inductor import config, lowering
@@ -29,16 +32,25 @@ class _CacheKey(CustomGraphPass):
     def uuid(self) -> Any:
         """Version and sources, and the key of the pass in whose place this is."""
         inner = self.wrapped.uuid() if isinstance(self.wrapped, CustomGraphPass) else None
-        source = hashlib.sha256(library().encode()).hexdigest()
-        return ("slimfx", version("slimfx"), source, inner)
+        source = hashlib.sha256(library().encode())
+        for path in sorted(Path(__file__).parents[1].glob("kernels/*.py")):
+            source.update(path.read_bytes())  # templates for GPUs call what is in these
+        source.update(Path(gpu_linear.__file__).read_bytes())
+        return ("slimfx", version("slimfx"), source.hexdigest(), inner)
 
 
 @contextmanager
 def kernels() -> Iterator[None]:
-    """Inductor compiles `linear_cpu` by our template, here and in what is cached under our key."""
-    op = torch.ops.slimfx.linear_cpu.default
-    if op not in lowering.lowerings:
-        lowering.register_lowering(op, type_promotion_kind=None)(lower_linear_cpu)
+    """Inductor compiles `linear_cpu` and `linear_gpu` by our templates, here and in what is cached
+    under our key.
+    """
+    ours: dict[Any, Callable[..., Any]] = {
+        torch.ops.slimfx.linear_cpu.default: lower_linear_cpu,
+        OP: gpu_linear.lower_linear_gpu,
+    }
+    for op, lower in ours.items():
+        if op not in lowering.lowerings:
+            lowering.register_lowering(op, type_promotion_kind=None)(lower)
     key = _CacheKey(config.post_grad_custom_post_pass)
     with config.patch(post_grad_custom_post_pass=key):
         yield

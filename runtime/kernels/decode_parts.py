@@ -10,6 +10,7 @@ own. Every sum is taken in one order, so that two runs give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from slimfx.runtime.fragments import ROWS, Fragments
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from slimfx.errors import need
 
-triton = need("triton")
-tl = need("triton.language")
+triton: Any = need("triton")
+tl: Any = need("triton.language")
 
 PARTS = 4
 """Linears at most."""

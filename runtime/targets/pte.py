@@ -11,7 +11,6 @@ ExecuTorch reserves memory for the largest inputs a program takes, so that `save
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import tempfile
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slimfx.passes.inputs import module_of, tensor_inputs
+from slimfx.passes.inputs import described, module_of, tensor_inputs
 from slimfx.passes.limit_sizes import limit_sizes
 from slimfx.passes.lower_pte import FORMS, lower_pte
 from slimfx.runtime import archive, sidecar
-from slimfx.runtime.golden import CheckResult
+from slimfx.runtime.golden import CheckResult, compare
 from slimfx.runtime.manifest import manifest_of
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -35,10 +34,10 @@ from torch.utils import _pytree as pytree
 from slimfx.errors import ArtifactError, need
 
 TARGET = "pte"
-TOLERANCES = {"xnnpack": 2e-2, "portable": 1e-4}
+TOLERANCES = {"xnnpack": 5e-2, "portable": 1e-4}
 """Form -> largest relative difference from the golden outputs. Those of "xnnpack" are of the same
-graph with rounded inputs: most tokens differ by 1e-6, but where the runtime rounds one input to a
-neighbouring code, which a difference in the last bit is enough for, its token differs by 1e-2."""
+graph with rounded inputs and mostly repeated to 1e-6; where a difference in the last bit moves one
+input to the neighbouring code, later layers carry it on, up to what rounding itself costs."""
 
 
 def save(
@@ -77,11 +76,11 @@ def save(
     limited = limit_sizes(program, batch=batch, length=length)
     lowered, report = lower_pte(limited, form=form)
     inputs, outputs = _golden(lowered)
-    record = {"form": form, "inputs": _described(limited)}
+    record = {"form": form, "inputs": described(limited)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         draft = Path(folder) / path.name
         draft.write_bytes(_converted(lowered, form, path))
-        result = _compared(_answers(draft, record, inputs), outputs, TOLERANCES[form])
+        result = compare(_answers(draft, record, inputs), list(outputs.values()), TOLERANCES[form])
         if not result.passed:
             raise ArtifactError(
                 f"{path}: ExecuTorch's outputs differ from the program's by "
@@ -127,7 +126,7 @@ def check(path: str | Path, *, tolerance: float | None = None) -> CheckResult:
     held = sidecar.read(_beside(path), TARGET)
     if tolerance is None:
         tolerance = TOLERANCES[held.record["form"]]
-    return _compared(_answers(path, held.record, held.inputs), held.outputs, tolerance)
+    return compare(_answers(path, held.record, held.inputs), list(held.outputs.values()), tolerance)
 
 
 def _beside(path: Path) -> Path:
@@ -156,13 +155,6 @@ def _stored_twice(program: ExportedProgram) -> Iterator[str]:
                 f"{node.name} is stored twice, {value.numel() * value.itemsize:,} bytes more: it "
                 f"is an embedding and the weight of a linear, of which XNNPACK keeps its own copy"
             )
-
-
-def _described(program: ExportedProgram) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "dtype": str(each.dtype), "sizes": [list(size) for size in each.sizes]}
-        for name, each in tensor_inputs(program).items()
-    ]
 
 
 def _converted(program: ExportedProgram, form: str, path: Path) -> bytes:
@@ -224,14 +216,14 @@ def _heard(path: Path) -> Iterator[None]:
 
 def _runner(path: Path, record: Mapping[str, Any]) -> Callable[..., tuple[Tensor, ...]]:
     """The file as a function of named tensors."""
-    described = record["inputs"]
+    takes = record["inputs"]
     with _quiet(), _heard(path):
         program = need("executorch.runtime").Runtime.get().load_program(path)
         method = program.load_method("forward")
 
     def run(**inputs: Tensor) -> tuple[Tensor, ...]:
-        _check_inputs(inputs, described)
-        values = [inputs[each["name"]].detach() for each in described]
+        _check_inputs(inputs, takes)
+        values = [inputs[each["name"]].detach() for each in takes]
         row_by_row = [value.clone(memory_format=torch.contiguous_format) for value in values]
         return tuple(method.execute(row_by_row))
 
@@ -247,12 +239,12 @@ def _answers(
         return run(**inputs)
 
 
-def _check_inputs(inputs: Mapping[str, Tensor], described: list[dict[str, Any]]) -> None:
-    names = [each["name"] for each in described]
+def _check_inputs(inputs: Mapping[str, Tensor], takes: list[dict[str, Any]]) -> None:
+    names = [each["name"] for each in takes]
     if set(inputs) != set(names):
         given = ", ".join(inputs) or "nothing"
         raise ArtifactError(f"the program takes {', '.join(names)}; {given} was given")
-    for each in described:
+    for each in takes:
         tensor, sizes = inputs[each["name"]], each["sizes"]
         if str(tensor.dtype) != each["dtype"]:
             raise ArtifactError(f"{each['name']}: {tensor.dtype}, not {each['dtype']}")
@@ -265,26 +257,3 @@ def _check_inputs(inputs: Mapping[str, Tensor], described: list[dict[str, Any]])
                 f"{each['name']}: shape {tuple(tensor.shape)}, exported for [{ranges}]; export "
                 f"again with other batch or length"
             )
-
-
-def _compared(
-    found: tuple[Tensor, ...], golden: Mapping[str, Tensor], tolerance: float
-) -> CheckResult:
-    """How outputs differ from the golden ones."""
-    pairs = list(zip(found, golden.values()))
-    if len(found) != len(golden):
-        raise ArtifactError(f"{len(found)} outputs were given, {len(golden)} were recorded")
-    worst = max((_difference(a, b) for a, b in pairs), default=0.0)
-    same = all(torch.equal(a, b) for a, b in pairs)
-    return CheckResult(identical=same, max_difference=worst, tolerance=tolerance)
-
-
-def _difference(found: Tensor, golden: Tensor) -> float:
-    """Largest difference relative to the largest golden value; infinite where not comparable."""
-    if found.shape != golden.shape or found.dtype != golden.dtype:
-        return math.inf
-    if not golden.numel():
-        return 0.0
-    gap = (found.double() - golden.double()).abs().max().item()
-    peak = golden.double().abs().max().item()
-    return gap / max(peak, 1e-30) if math.isfinite(gap) else math.inf
