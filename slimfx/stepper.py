@@ -141,6 +141,7 @@ def _of_export(path: Path, target: str, load: Callable[[Path], Callable[..., Any
     run = load(path)
     if past:
         run = _Remembering(run, tuple(held.inputs), tuple(held.outputs), past)
+        rows = (1, None)  # a cache that grows is not bound to the rows of the captured one
     return Stepper(run, rows, length, cached, held.manifest.tokenizer, held.manifest.eos_token)
 
 

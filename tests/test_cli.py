@@ -189,7 +189,11 @@ def test_inspect_prints_the_manifest(made: Made) -> None:
 
 def test_check_passes_on_what_compress_wrote(made: Made) -> None:
     said = from_json(run("check", made.small, "--json"))
-    assert said == {"identical": True, "max_difference": 0.0, "tolerance": 1e-4, "passed": True}
+    result = {"identical": True, "max_difference": 0.0, "tolerance": 1e-4, "passed": True}
+    assert {name: said[name] for name in result} == result
+    assert (said["target"], said["needs"]) == ("pt2", "torch")
+    assert said["bytes"] == Path(said["file"]).stat().st_size
+    assert said["tokens_per_second"] > 0
 
 
 def test_check_exits_with_3_when_a_weight_is_another(tiny: Path, tmp_path: Path) -> None:

@@ -146,7 +146,9 @@ def test_manifest_and_tokenizer_travel_beside_the_file(tmp_path: Path) -> None:
     held = sidecar.read(beside(path), "onnx")
     assert held.manifest.tokenizer == word_tokenizer()
     assert [layer.name for layer in held.manifest.layers] == ["first", "second"]
-    assert held.record == {"accuracy_level": 1}
+    sizes = [[2, None], [16, 16]]
+    described = [{"name": "x", "dtype": "torch.float32", "sizes": sizes}]
+    assert held.record == {"accuracy_level": 1, "inputs": described}
     assert isinstance(held.manifest, Manifest)
 
 
