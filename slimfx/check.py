@@ -10,7 +10,7 @@ from slimfx.errors import ArtifactError, SlimError
 from slimfx.export import TARGETS
 from slimfx.generate import generate
 from slimfx.runtime.golden import CheckResult
-from slimfx.runtime.targets import aoti
+from slimfx.runtime.targets import aoti, pt2
 from slimfx.stepper import stepper
 
 _PROMPT = "The"
@@ -71,8 +71,10 @@ def measure(path: str | Path) -> Checked:
         ArtifactError, SlimError: as `check`.
     """
     path, target = Path(path), target_of(path)
-    result = check(path)
-    return Checked(target, _bytes(path), TARGETS[target].needs, result, _speed(path))
+    result, needs = check(path), TARGETS[target].needs
+    if target == "pt2" and pt2.read_manifest(path).form == "op":
+        needs = "slimfx"
+    return Checked(target, _bytes(path), needs, result, _speed(path))
 
 
 def _bytes(path: Path) -> int:

@@ -191,7 +191,7 @@ def test_check_passes_on_what_compress_wrote(made: Made) -> None:
     said = from_json(run("check", made.small, "--json"))
     result = {"identical": True, "max_difference": 0.0, "tolerance": 1e-4, "passed": True}
     assert {name: said[name] for name in result} == result
-    assert (said["target"], said["needs"]) == ("pt2", "torch")
+    assert (said["target"], said["needs"]) == ("pt2", "slimfx")
     assert said["bytes"] == Path(said["file"]).stat().st_size
     assert said["tokens_per_second"] > 0
 
