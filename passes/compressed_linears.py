@@ -14,7 +14,7 @@ import slimfx.runtime.ops  # noqa: F401  the ops must exist before their overloa
 import torch
 from slimfx.passes.base import Edit
 from slimfx.passes.find_linears import PREFIX
-from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedMatrix
+from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedMatrix, row_count
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -76,7 +76,7 @@ def compressed_linears(graph: Graph, read: Read) -> list[CompressedLinear]:
         if node.target in _STORED and node not in found and node not in adapters:
             weight = _matrix(node, read)
             if weight is not None:
-                found[node] = CompressedLinear(node, None, node.args[0], weight, _rows(weight))
+                found[node] = CompressedLinear(node, None, node.args[0], weight, row_count(weight))
     order = {node: i for i, node in enumerate(nodes)}
     return sorted(found.values(), key=lambda linear: order[linear.base])
 
@@ -95,7 +95,9 @@ def _with_adapters(total: Any, read: Read) -> CompressedLinear | None:
     weight, L, R = (_matrix(node, read) for node in (base, first, second))
     if weight is None or L is None or R is None or isinstance(weight, Tensor):
         return None
-    return CompressedLinear(base, total, base.args[0], weight, _rows(weight), L, R, _rows(L))
+    return CompressedLinear(
+        base, total, base.args[0], weight, row_count(weight), L, R, row_count(L)
+    )
 
 
 def _matrix(node: Any, read: Read) -> Any:
@@ -112,13 +114,6 @@ def _matrix(node: Any, read: Read) -> Any:
     if any(arg is not None and got is None for arg, got in zip(node.args[1:], tensors)):
         return None
     return kind(*tensors, *node.args[1 + count :])
-
-
-def _rows(matrix: PackedMatrix | Tensor) -> int:
-    if isinstance(matrix, Tensor):
-        return matrix.shape[0]
-    stored = {PackedDense: "codes", Packed24: "values", PackedBitmask: "mask"}
-    return getattr(matrix, stored[type(matrix)]).shape[0]
 
 
 def call(graph: Graph, like: Node, op: Any, *args: Any) -> Node:

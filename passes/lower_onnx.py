@@ -20,8 +20,8 @@ import torch
 from slimfx.passes.base import Edit, add_buffer, edit, fake_mode, input_specs, lifted_tensor
 from slimfx.passes.decompose import decompose, slimfx_nodes
 from slimfx.passes.find_linears import PREFIX
-from slimfx.runtime.nbits import ACCURACIES, pack_nbits, stored_values, why_not
-from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedMatrix
+from slimfx.runtime.nbits import ACCURACIES, pack_nbits, why_not
+from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedMatrix, stored_values
 from torch.export import ExportedProgram
 from torch.fx import Node
 

@@ -27,8 +27,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # the ops that XNNPACK's partitioner knows
 from slimfx.passes.base import Edit, add_buffer, edit, fake_mode, input_specs, lifted_tensor
 from slimfx.passes.find_linears import PREFIX
-from slimfx.runtime.nbits import stored_values
-from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedMatrix
+from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedMatrix, stored_values
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputSpec

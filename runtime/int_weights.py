@@ -10,30 +10,17 @@ from __future__ import annotations
 
 import torch
 from slimfx.runtime.pack import (
-    FLOAT_BITS,
     Packed24,
-    PackedBitmask,
     PackedDense,
     PackedMatrix,
     pack_24,
-    unpack_24,
-    unpack_bitmask,
+    stored_values,
     unpack_codes,
 )
 from torch import Tensor
 
 WORD = 4
 """Bytes of an int32."""
-
-
-def code_bytes(codes: Tensor, bits: int) -> Tensor:
-    """Codes int8 [N, K] of 4 or 8 bits -> uint8 [N, ceil(K bits / 8)], the lowest code included."""
-    per_byte = 8 // bits
-    middle = 2 ** (bits - 1)
-    short = -codes.shape[1] % per_byte
-    raw = torch.nn.functional.pad(codes.to(torch.int16) + middle, (0, short), value=middle)
-    shifts = torch.arange(0, 8, bits, dtype=torch.int16)
-    return (raw.unflatten(1, (-1, per_byte)) << shifts).sum(-1).to(torch.uint8)
 
 
 def to_words(stored: Tensor) -> Tensor:
@@ -47,28 +34,11 @@ def from_words(words: Tensor, bits: int, K: int) -> Tensor:
     return words.contiguous().view(torch.uint8)[:, : -(-K * bits // 8)].contiguous()
 
 
-def values(matrix: PackedMatrix, K: int) -> Tensor:
-    """The codes int8, or values bfloat16, [N, K] of a stored matrix."""
-    if isinstance(matrix, PackedDense):
-        return unpack_codes(matrix.codes, matrix.bits, K)
-    if isinstance(matrix, Packed24):
-        return unpack_24(matrix.values, matrix.indices, matrix.bits, K)
-    return unpack_bitmask(matrix.values, matrix.mask, matrix.bits, K)
-
-
-def rows(matrix: PackedMatrix | Tensor) -> int:
-    """N of a stored matrix [N, K]."""
-    if isinstance(matrix, Tensor):
-        return matrix.shape[0]
-    stored = {PackedDense: "codes", Packed24: "values", PackedBitmask: "mask"}
-    return getattr(matrix, stored[type(matrix)]).shape[0]
-
-
 def floats(matrix: PackedMatrix | Tensor, K: int) -> Tensor:
     """A stored matrix in a dtype that holds it: its own, or float32 where it has a scale."""
     if isinstance(matrix, Tensor):
         return matrix.detach()
-    held = values(matrix, K)
+    held = stored_values(matrix, K)
     return held if matrix.scale is None else held.float() * spread(matrix.scale, matrix.group, K)
 
 
@@ -95,8 +65,7 @@ def stored_codes(
     scale, codes = _narrow(scale), unpack_codes(stored, bits, K)
     if not is_24(codes):
         return PackedDense(stored, scale, bits, group)
-    kept, indices = pack_24(codes.to(torch.bfloat16), FLOAT_BITS)  # exact, the lowest code too
-    return Packed24(code_bytes(kept.to(torch.int8), bits), indices, scale, bits, group)
+    return Packed24(*pack_24(codes, bits), scale, bits, group)
 
 
 def _narrow(scale: Tensor) -> Tensor:

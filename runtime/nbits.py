@@ -17,13 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from slimfx.runtime.pack import (
-    Packed24,
-    PackedBitmask,
-    PackedDense,
     PackedMatrix,
     pack_codes,
-    unpack_24,
-    unpack_bitmask,
+    stored_values,
     unpack_codes,
 )
 from torch import Tensor
@@ -70,16 +66,6 @@ def pack_nbits(matrix: PackedMatrix, K: int) -> NBits:
         scales = scales.repeat_interleave(group // block, dim=1)[:, : B.shape[1]]
     scales = scales.expand(codes.shape[0], B.shape[1])
     return NBits(B, scales.flatten().contiguous(), bits, block)
-
-
-def stored_values(matrix: PackedMatrix, K: int) -> Tensor:
-    """Codes int8, or values bfloat16, [N, K] with the zeros of a sparse matrix."""
-    if isinstance(matrix, PackedDense):
-        return unpack_codes(matrix.codes, matrix.bits, K)
-    if isinstance(matrix, Packed24):
-        return unpack_24(matrix.values, matrix.indices, matrix.bits, K)
-    assert isinstance(matrix, PackedBitmask)
-    return unpack_bitmask(matrix.values, matrix.mask, matrix.bits, K)
 
 
 def matmul_nbits(

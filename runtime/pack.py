@@ -190,6 +190,23 @@ class PackedBitmask:
 PackedMatrix = PackedDense | Packed24 | PackedBitmask
 
 
+def stored_values(matrix: PackedMatrix, K: int) -> Tensor:
+    """Codes int8, or values bfloat16, [N, K] with the zeros of a sparse matrix."""
+    if isinstance(matrix, PackedDense):
+        return unpack_codes(matrix.codes, matrix.bits, K)
+    if isinstance(matrix, Packed24):
+        return unpack_24(matrix.values, matrix.indices, matrix.bits, K)
+    return unpack_bitmask(matrix.values, matrix.mask, matrix.bits, K)
+
+
+def row_count(matrix: PackedMatrix | Tensor) -> int:
+    """N of a stored matrix [N, K], or of one of floats."""
+    if isinstance(matrix, Tensor):
+        return matrix.shape[0]
+    stored = {PackedDense: "codes", Packed24: "values", PackedBitmask: "mask"}
+    return getattr(matrix, stored[type(matrix)]).shape[0]
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """A compressed linear: y = W x' + R (L x') + bias, x' = x * input_scale, rounded to FP8 if so.

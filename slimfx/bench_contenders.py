@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimfx.bench_check import sample
 from slimfx.errors import need
 from slimfx.runtime.cpu_ops import Form
 from slimfx.runtime.interleave import Interleaved, interleave
@@ -34,7 +35,6 @@ OURS = ("slim", "slim lora", "slim a8", "slim lora a8")
 _LEVELS = {"ort int4": 1, "ort int4 a8": 4}
 """What ONNX Runtime calls accuracy: 1 computes in float32, 4 rounds x to int8."""
 GROUP = 128
-_CHECKED = 256
 _CHUNK = 1024
 """Rows that are packed at a time, to bound memory."""
 _PAIRS = torch.tensor(sorted(set(itertools.permutations([1, 1, 0, 0]))), dtype=torch.int8)
@@ -100,11 +100,6 @@ def contenders(shape: Shape, copies: int) -> tuple[list[Contender], dict[str, st
     why = f"{' and '.join(missing)} not installed"
     notes = dict.fromkeys(_LEVELS, why) if missing else {}
     return [*found, *_slim(shape, draw, copies)], notes
-
-
-def sample(N: int) -> Tensor:
-    """Which of N outputs are checked: up to 256, the first and the last among them."""
-    return torch.linspace(0, N - 1, min(N, _CHECKED), dtype=torch.float64).round().long()
 
 
 def _codes(N: int, K: int, draw: torch.Generator) -> Tensor:

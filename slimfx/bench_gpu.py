@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimfx.bench_check import product_error, sample
 from slimfx.errors import SlimError, need
-from slimfx.gpu_contenders import FLOAT, Contender, Layer, contenders, sample
+from slimfx.gpu_contenders import FLOAT, Contender, Layer, contenders
 
 Progress = Callable[[float, str], None]
 COPIES = 200_000_000
@@ -182,17 +183,10 @@ def _compared(row: GpuRow, base: float | None, ceiling: float) -> GpuRow:
 
 
 def _checked(contender: Contender, layer: Layer, x: Tensor, y: Tensor) -> float:
-    rows = sample(len(x), 64).to(x.device)
+    rows, columns = (sample(*size).to(x.device) for size in ((len(x), 64), (layer.N,)))
+    what = f"{contender.name} on {layer}, M={len(x)}"
     exact = contender.exact(x[rows].double())
-    deviation = exact.std().clamp_min(torch.finfo(torch.float64).tiny)
-    columns = sample(layer.N).to(x.device)
-    error = ((y[rows][:, columns].double() - exact).abs().max() / deviation).item()
-    if not error <= contender.limit:
-        raise SlimError(
-            f"{contender.name} on {layer}, M={len(x)}: its product is {error:.2g} standard "
-            f"deviations off, more than {contender.limit:g}; no time is worth reporting"
-        )
-    return error
+    return product_error(what, y[rows][:, columns], exact, contender.limit)
 
 
 def seconds_of(calls: Sequence[Callable[[], Any]], device: str) -> list[float]:

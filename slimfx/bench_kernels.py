@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimfx.bench_contenders import GROUP, Call, Contender, Shape, contenders, sample
+from slimfx.bench_check import product_error, sample
+from slimfx.bench_contenders import GROUP, Call, Contender, Shape, contenders
 from slimfx.errors import SlimError
 
 Progress = Callable[[float, str], None]
@@ -159,15 +160,8 @@ def _rows(
 
 
 def _checked(contender: Contender, shape: Shape, x: Tensor, y: Tensor) -> float:
-    exact = contender.exact(x.double())
-    deviation = exact.std().clamp_min(torch.finfo(torch.float64).tiny)
-    error = ((y[:, sample(shape.N)].double() - exact).abs().max() / deviation).item()
-    if not error <= contender.limit:
-        raise SlimError(
-            f"{contender.name} on {shape}, M={len(x)}: its product is {error:.2g} standard "
-            f"deviations off, more than {contender.limit:g}; no time is worth reporting"
-        )
-    return error
+    what, exact = f"{contender.name} on {shape}, M={len(x)}", contender.exact(x.double())
+    return product_error(what, y[:, sample(shape.N)], exact, contender.limit)
 
 
 def _in_rounds(bound: Sequence[Sequence[Call]], seconds: float) -> list[list[float]]:

@@ -120,11 +120,11 @@ def print_weights(asked: str) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-    made, tokens = _Logits(_model(model, size, dtype)), torch.zeros(2, 1, dtype=torch.int64)
+    made, tokens = Logits(_model(model, size, dtype)), torch.zeros(2, 1, dtype=torch.int64)
     rows = {0: Dim("batch", min=1, max=_MOST_ROWS)}
     program = capture(made, {"input_ids": tokens}, dynamic_shapes={"input_ids": rows})
     del made
-    chosen = _chosen(program)
+    chosen = compressed_sites(program)
     linear_bytes = sum(program.state_dict[site.fqn].nbytes for site in chosen)
     if name.startswith("compressed"):
         packed = {site.name: _random(site, i) for i, site in enumerate(chosen)}
@@ -154,7 +154,7 @@ def print_speed(asked: str) -> None:
     print(json.dumps(speed | memory))
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """A causal language model without its cache."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -162,6 +162,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, S, vocabulary] for [batch, S]."""
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
@@ -180,7 +181,7 @@ def _model(model: str | None, size: str, dtype: torch.dtype) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval().to(dtype)
 
 
-def _chosen(program: ExportedProgram) -> list[Site]:
+def compressed_sites(program: ExportedProgram) -> list[Site]:
     """The linears that the default recipe compresses."""
     recipe = Recipe()
     return [

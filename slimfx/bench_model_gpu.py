@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from slimfx.bench_gpu import Progress, check_device, graph_of, seconds_of
+from slimfx.bench_model import Logits, compressed_sites
 from slimfx.capture import capture
 from slimfx.errors import SlimError, need
 from slimfx.gpu_contenders import random_linear
-from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.lower_gpu import lower_gpu
 from slimfx.passes.replace_linears import replace_linears
-from slimfx.recipe import Recipe
 from slimfx.runtime.select import Gpu, gpu_of
 
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
@@ -89,17 +87,6 @@ def bench_model_gpu(
             yield _measured("compressed", small, batch, device, base[batch], left)
 
 
-class _Logits(nn.Module):
-    """A causal language model without its cache."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
-
-
 def _program(size: str, most: int, device: str) -> ExportedProgram:
     """The model as a program of one step for up to `most` sequences, made on the device."""
     transformers = need("transformers")
@@ -117,28 +104,16 @@ def _program(size: str, most: int, device: str) -> ExportedProgram:
         torch.set_default_dtype(before)
     tokens = torch.zeros(2, 1, dtype=torch.int64, device=device)
     rows = {0: Dim("batch", min=1, max=max(2, most))}
-    return capture(_Logits(model), {"input_ids": tokens}, dynamic_shapes={"input_ids": rows})
+    return capture(Logits(model), {"input_ids": tokens}, dynamic_shapes={"input_ids": rows})
 
 
 def _compressed(program: ExportedProgram, gpu: Gpu, device: str) -> tuple[ExportedProgram, int]:
     """The linears that the default recipe compresses as random ones of its form, lowered."""
     draw = torch.Generator(device).manual_seed(0)
-    sites = _sites(program)
+    sites = compressed_sites(program)
     packed = {site.name: random_linear(site.out_features, site.in_features, draw) for site in sites}
     lowered, report = lower_gpu(replace_linears(program, sites, packed), gpu)
     return lowered, len(report.left)
-
-
-def _sites(program: ExportedProgram) -> list[Site]:
-    """The linears that the default recipe compresses."""
-    recipe = Recipe()
-    return [
-        site
-        for site in find_linears(program)
-        if recipe.for_layer(site.name) is not None
-        and not site.other_readers
-        and site.in_features % 8 == 0
-    ]
 
 
 def _measured(

@@ -178,7 +178,7 @@ def _cell(row: KernelRow) -> str:
         return "-"
     time = 1e3 * row.seconds
     lines = [f"{time:.3g}" if time < 1000 else f"{time:.0f}"]
-    if row.name != FLOAT:
+    if row.name != FLOAT and row.speedup is not None:
         lines.append(f"{row.speedup:.3g}x" if row.speedup >= 1 else f"{row.speedup:.2f}x")
     if row.name in OURS:
         lines += [f"{row.gb_per_second:.3g}", f"{row.share:.0%}"]

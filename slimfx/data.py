@@ -254,7 +254,7 @@ def read_tokenizer(text: str | None):  # type: ignore[no-untyped-def]
         )
     try:
         tokenizer = need("tokenizers").Tokenizer.from_str(text)
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise ArtifactError(f"the program's tokenizer cannot be read ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()

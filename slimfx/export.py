@@ -13,8 +13,6 @@ from torch.export import ExportedProgram
 from slimfx.errors import ArtifactError
 from slimfx.runtime.targets import aoti, hf, onnx, pt2, pte
 
-ACCURACIES = ("exact", "int8-activations")
-
 
 @dataclass(frozen=True)
 class Target:
@@ -104,8 +102,8 @@ def export(
     for name, value in given.items():
         if value is not None and name not in TARGETS[target].options:
             raise ArtifactError(f"target {target} takes no {name}, {value!r} was given")
-    if accuracy not in (None, *ACCURACIES):
-        raise ArtifactError(f"accuracy {accuracy!r} is not one of {', '.join(ACCURACIES)}")
+    if accuracy not in (None, *aoti.ACCURACIES):
+        raise ArtifactError(f"accuracy {accuracy!r} is not one of {', '.join(aoti.ACCURACIES)}")
     rounded = accuracy == "int8-activations"
     if target == "aoti":
         return _compiled(program, path, march or "native", accuracy or "exact")

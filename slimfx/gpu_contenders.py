@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimfx.bench_check import sample
 from slimfx.runtime import select
 from slimfx.runtime.gpu_layout import form_of, lay_out
 from slimfx.runtime.gpu_ops import Held, launch
@@ -33,7 +34,6 @@ Call = Callable[[], Any]
 Exact = Callable[[Tensor], Tensor]
 FLOAT = "bfloat16"
 GROUP = 128
-_CHECKED = 256
 _ASCENDING = (4, 8, 9, 12, 13, 14)
 """The pairs of positions in four, as `pack_24` stores them."""
 _ALL = 1 << 30
@@ -92,11 +92,6 @@ def contenders(
     draw = torch.Generator(device).manual_seed(0)
     ours = [_ours(layer, draw, copies, adapted) for adapted in (False, True)]
     return ours if ours_only else [_float(layer, draw, copies), _aten(layer, draw, copies), *ours]
-
-
-def sample(N: int, most: int = _CHECKED) -> Tensor:
-    """Which of N outputs or rows are checked, the first and the last among them."""
-    return torch.linspace(0, N - 1, min(N, most), dtype=torch.float64).round().long()
 
 
 def _product(W: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from slimfx import bench_contenders, bench_kernels, cli_bench
-from slimfx.bench_contenders import FLOAT, OURS, Shape, contenders, sample
+from slimfx.bench_check import sample
+from slimfx.bench_contenders import FLOAT, OURS, Shape, contenders
 from slimfx.bench_kernels import KernelRow
 from slimfx.cli import app
 from slimfx.cli_bench_kernels import _draw, kernels_table

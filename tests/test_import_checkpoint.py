@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from slimfx.runtime.checkpoints.checkpoint import read_checkpoint
-from slimfx.runtime.int_weights import code_bytes, from_words, stored_codes, to_words
+from slimfx.runtime.int_weights import from_words, stored_codes, to_words
 from slimfx.runtime.manifest import manifest_of
 from slimfx.runtime.pack import Packed24, PackedDense, pack_codes, unpack_24, unpack_codes
 from slimfx.runtime.targets import hf
@@ -162,18 +162,17 @@ def gap(program: ExportedProgram, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bytes_of_codes_are_those_of_pack(bits: int) -> None:
+def test_words_hold_the_bytes_of_pack(bits: int) -> None:
     top = 2 ** (bits - 1) - 1
     codes = torch.randint(-top, top + 1, (3, 21)).to(torch.int8)
-    assert torch.equal(code_bytes(codes, bits), pack_codes(codes, bits))
     codes[1] = -top - 1
-    stored = code_bytes(codes, bits)
+    stored = pack_codes(codes, bits)
     assert torch.equal(unpack_codes(stored, bits, 21), codes)
     assert torch.equal(from_words(to_words(stored), bits, 21), stored)
 
 
 def test_scales_that_are_equal_are_stored_once() -> None:
-    codes = code_bytes(torch.randint(1, 8, (6, 32)).to(torch.int8), 4)
+    codes = pack_codes(torch.randint(1, 8, (6, 32)).to(torch.int8), 4)
     rows = (torch.arange(6) + 1.0).bfloat16()[:, None]
     for scale, shape in (
         (torch.full((6, 4), 0.5).bfloat16(), (1, 1)),
@@ -184,7 +183,7 @@ def test_scales_that_are_equal_are_stored_once() -> None:
         assert isinstance(matrix, PackedDense)
         assert matrix.scale.shape == shape
         assert matrix.scale.is_contiguous()
-    sparse = code_bytes((torch.tensor([[0, -8, 0, 7]]).to(torch.int8)).repeat(6, 8), 4)
+    sparse = pack_codes((torch.tensor([[0, -8, 0, 7]]).to(torch.int8)).repeat(6, 8), 4)
     matrix = stored_codes(sparse, scale, bits=4, group=8, K=32)
     assert isinstance(matrix, Packed24)
     assert unpack_24(matrix.values, matrix.indices, 4, 32)[0, :4].tolist() == [0, -8, 0, 7]

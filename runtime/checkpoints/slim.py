@@ -22,8 +22,8 @@ from slimfx.runtime.checkpoints.linears import (
     stored_floats,
     take_floats,
 )
-from slimfx.runtime.int_weights import code_bytes, is_24, spread, stored_codes
-from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedLinear
+from slimfx.runtime.int_weights import is_24, spread, stored_codes
+from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedLinear, pack_codes
 from torch import Tensor
 
 from slimfx.errors import ArtifactError
@@ -103,7 +103,7 @@ def _matrix(
     group = group_of(name, K, steps.shape[1])
     codes = _codes(name, weight, spread(steps, group, K))
     scale, change = in_bfloat16(steps)
-    stored = code_bytes(codes, _BITS)
+    stored = pack_codes(codes, _BITS)
     return stored_codes(stored, scale, bits=_BITS, group=group, K=K), change
 
 

@@ -25,7 +25,16 @@ from slimfx.passes.base import input_specs
 from slimfx.passes.find_linears import PREFIX, module_path
 from slimfx.passes.replace_linears import packed_linear
 from slimfx.runtime import int_weights
-from slimfx.runtime.pack import Layout, Packed24, PackedDense, PackedLinear, PackedMatrix
+from slimfx.runtime.pack import (
+    Layout,
+    Packed24,
+    PackedDense,
+    PackedLinear,
+    PackedMatrix,
+    pack_codes,
+    row_count,
+    stored_values,
+)
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -121,7 +130,7 @@ def _layer(program: ExportedProgram, prefix: str, nodes: list[Node]) -> Layer:
             f"{name}: its inputs are rounded to FP8, which has no place in a folder of "
             f"pack-quantized weights; compress it with inputs: null, or save a .pt2"
         )
-    K, N = int(value.shape[-1]), int_weights.rows(packed.weight)
+    K, N = int(value.shape[-1]), row_count(packed.weight)
     scheme, tensors, notes = _weight(name, packed, K, value.dtype)
     A, B = _adapter(name, packed, K)
     coded = not isinstance(packed.L, Tensor | None) and packed.L.scale is not None
@@ -170,17 +179,17 @@ def _weight(name: str, packed: PackedLinear, K: int, dtype: torch.dtype) -> _Wei
     """Its scheme, its tensors by their last name, and notes."""
     matrix, inputs = packed.weight, packed.input_scale
     if matrix.scale is None:
-        weight = int_weights.values(matrix, K)
+        weight = stored_values(matrix, K)
         if inputs is not None:
             weight = _scaled(name, weight, inputs, dtype)
         return None, {"weight": weight}, (f"{layout(matrix).name} is stored densely",)
-    codes = int_weights.values(matrix, K)
+    codes = stored_values(matrix, K)
     bits = max(4, matrix.bits)
     group, scale = _groups(matrix, len(codes), K)
     if inputs is not None:
         scale = _scaled(name, scale, _for_groups(name, inputs, scale.shape[1]), torch.bfloat16)
     tensors = {
-        "weight_packed": int_weights.to_words(int_weights.code_bytes(codes, bits)),
+        "weight_packed": int_weights.to_words(pack_codes(codes, bits)),
         "weight_scale": scale.to(dtype).contiguous(),
         "weight_shape": torch.tensor([len(codes), K]),
     }
