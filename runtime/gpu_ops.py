@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from slimfx.runtime.gpu_layout import COUNT, dense_weight, read_fragments, read_stored
-from slimfx.runtime.select import WHERE, Form, Gpu, Layer, gpu_of, select
+from slimfx.runtime.select import SPARSE_ROWS, WHERE, Form, Gpu, Layer, gpu_of, select
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -231,8 +231,7 @@ def launch(x: Tensor, held: Held, gpu: Gpu) -> Tensor:
 
 def _decode(x: Tensor, held: Held) -> Tensor:
     """Up to 16 rows of x on tensor cores."""
-    from slimfx.runtime.kernels.decode_24 import decode_24  # all of these need Triton
-    from slimfx.runtime.kernels.decode_int4 import decode_int4
+    from slimfx.runtime.kernels.decode import decode  # these need Triton
     from slimfx.runtime.kernels.decode_parts import decode_parts
 
     sizes = held.sizes(x.shape[-1])
@@ -240,18 +239,14 @@ def _decode(x: Tensor, held: Held) -> Tensor:
         tensors[0] if form.where == "floats" else read_fragments(tensors, form, *size)
         for tensors, form, size in zip(held.tensors("fragments"), held.forms, sizes)
     ]
-    tile = 1 if len(held.rows) == 1 else 16
-    weight, sparse = matrices[0], held.forms[0].where == "2:4"
     in_codes = all(form.where != "floats" for form in held.forms)
-    if in_codes and held.rank and sparse and len(set(held.rows)) == 1 and not held.rows[0] % tile:
-        return decode_24(x, weight, L=matrices[1], R=matrices[2])
-    if in_codes and held.rank and held.rank % 16 == 0:
-        return decode_parts(x, weight, matrices[1], matrices[2], held.rows)
+    if in_codes and held.rank and (len(held.rows) == 1 or held.rank % 16 == 0):
+        return decode_parts(x, matrices[0], matrices[1], matrices[2], held.rows)
 
     def times(x: Tensor, i: int, W: Any) -> Tensor:
-        return linear(x, W.to(x.dtype)) if isinstance(W, Tensor) else decode_int4(x, W)
+        return linear(x, W.to(x.dtype)) if isinstance(W, Tensor) else decode(x, W)
 
-    y = decode_24(x, weight) if sparse else decode_int4(x, weight)
+    y = decode(x, matrices[0])
     return _adapted_(y, x, matrices[1:], held, times)
 
 
@@ -272,16 +267,22 @@ def _portable(x: Tensor, held: Held) -> Tensor:
 
 
 def _expand(x: Tensor, held: Held) -> Tensor:
-    """Dense weights, and the library's products."""
+    """Dense weights, and the library's products; for many rows of x one that skips zeros."""
     from slimfx.runtime.kernels.expand import expand
+    from slimfx.runtime.kernels.expand_cslt import expand_cslt, multiply, why_not
+    from slimfx.runtime.kernels.portable_24 import Words24
 
-    W, *adapters = (
-        matrix.to(x.dtype) if isinstance(matrix, Tensor) else expand(matrix, K, x.dtype)
-        for matrix, (_, K) in zip(_stored(x, held), held.sizes(x.shape[-1]))
-    )
-    y, rows = linear(x, W), list(held.rows)
+    def dense(matrix: Any, K: int) -> Tensor:
+        return matrix.to(x.dtype) if isinstance(matrix, Tensor) else expand(matrix, K, x.dtype)
+
+    (weight, *adapters), sizes, rows = _stored(x, held), held.sizes(x.shape[-1]), list(held.rows)
+    skips = isinstance(weight, Words24) and x.shape[0] >= SPARSE_ROWS
+    if skips and why_not(*sizes[0], x.dtype, x.device) is None:
+        y = multiply(expand_cslt(weight, x.shape[-1], x.dtype), x)
+    else:
+        y = linear(x, dense(weight, x.shape[-1]))
     if adapters:
-        L, R = adapters
+        L, R = (dense(matrix, K) for matrix, (_, K) in zip(adapters, sizes[1:]))
         low = linear(x, L).split(held.rank, -1)
         for part, z, second in zip(y.split(rows, -1), low, R.split(rows)):
             part.addmm_(z, second.T)

@@ -1,11 +1,13 @@
 """Which kernel multiplies by a compressed weight on a GPU, and why no other one does.
 
     rows of x     NVIDIA from sm_80 on                  any other GPU
-    1 to 16       decode_24, decode_int4                portable_24, portable_int4, bitmask
-    17 to 350     portable_24, portable_int4, bitmask   the same
+    1 to 64       decode_24, decode_int4                portable_24, portable_int4, bitmask
+    65 to 160     portable_24, portable_int4, bitmask   the same
     more          expand, then the library's product    the same
 
 What no row of the table takes, such as codes of eight bits, is expanded for any number of rows.
+From 1024 rows on, 2:4 codes of four bits are expanded without their zeros, where cuSPARSELt takes
+them: `expand_cslt.why_not`.
 """
 
 from __future__ import annotations
@@ -22,9 +24,15 @@ LAYOUTS = {name: "fragments" if name.startswith("decode") else "stored" for name
 """Kernel -> the layout of a weight that it reads."""
 WHERE = ("dense", "2:4", "bitmask", "floats")
 """Where the values of a matrix are; ops know the place in this tuple."""
-DECODE_ROWS = 16
-PORTABLE_ROWS = 350
-"""An estimate: above it a weight that is expanded once costs less than one expanded in blocks."""
+DECODE_ROWS = 64
+"""What the decode kernels have registers for."""
+PORTABLE_ROWS = 160
+"""Above it a weight that is expanded once costs less than one expanded in blocks: where the lines
+through 64 and 256 rows meet, measured on an H200 for the layers of Llama 2 7B (158 to 171)."""
+SPARSE_ROWS = 1024
+"""From here on cuSPARSELt and its smaller expansion cost no more than cuBLAS and its own: 702 and
+707 microseconds for the layers of a block of Llama 2 7B on an H200; at 512 rows 548 and 435.
+"""
 _TAKES = {
     **{"decode_24": "2:4", "decode_int4": "dense"},
     **{"portable_24": "2:4", "portable_int4": "dense", "bitmask": "bitmask"},

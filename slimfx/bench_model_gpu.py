@@ -1,7 +1,10 @@
 """Tokens a second and memory of a Llama-shaped model on a GPU: bfloat16 beside compressed.
 
 A step makes one token for each sequence of a batch and keeps no cache, as in `bench_model`: what is
-measured is the stack of linears. Each step is one CUDA graph. Weights are random.
+measured is the stack of linears. Inductor compiles each variant for each batch, in one graph, and a
+step is one CUDA graph of it. Weights are random.
+
+On "cpu", in Triton's interpreter, programs run as they are: it would have to compile for a GPU.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 
-from slimfx.bench_gpu import Progress, check_device, graph_of, seconds_of
+from slimfx.bench_gpu import Progress, check_device, copy_speed, graph_of, seconds_of
 from slimfx.bench_model import Logits, compressed_sites
 from slimfx.capture import capture
 from slimfx.errors import SlimError, need
 from slimfx.gpu_contenders import random_linear
+from slimfx.passes.base import input_specs, lifted_tensor
 from slimfx.passes.lower_gpu import lower_gpu
 from slimfx.passes.replace_linears import replace_linears
 from slimfx.runtime.select import Gpu, gpu_of
@@ -32,6 +38,9 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
 }
 """Hidden and intermediate size, layers, heads, heads of keys: Llama-2-7B is 7b, Llama-3-8B 8b."""
 _STEPS = 30
+_ATTENTION = "sdpa_without_mask"
+"""A token has itself alone to attend to. Traced, transformers makes masks for "sdpa" even so, and
+none for a name that it knows no masks of."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,10 @@ class GpuModelRow:
     left: int = 0
     """Compressed linears without a kernel."""
     note: str = ""
+    seconds: float = 0.0
+    """Of a step: median."""
+    share: float = 0.0
+    """Of what a plain copy moves, what a step reads of weights: all but the embedding."""
 
 
 def bench_model_gpu(
@@ -74,17 +87,18 @@ def bench_model_gpu(
     gpu = gpu_of(torch.device(device)) if device != "cpu" else Gpu("cuda", 90)
     base: dict[int, float] = {}
     with torch.no_grad():
+        speed = 1e9 * copy_speed(device)
         tell(0.0, "bfloat16")
         program = _program(size, max(batches), device)
         for batch in batches:
-            row = _measured("bfloat16", program, batch, device)
+            row = _measured("bfloat16", program, batch, device, speed)
             base[batch] = row.tokens_per_second
             yield row
         tell(0.5, "compressed")
         small, left = _compressed(program, gpu, device)
         del program  # and its weights, before memory is looked at
         for batch in batches:
-            yield _measured("compressed", small, batch, device, base[batch], left)
+            yield _measured("compressed", small, batch, device, speed, base[batch], left)
 
 
 def _program(size: str, most: int, device: str) -> ExportedProgram:
@@ -95,6 +109,9 @@ def _program(size: str, most: int, device: str) -> ExportedProgram:
         **{"hidden_size": hidden, "intermediate_size": between, "num_hidden_layers": layers},
         **{"num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": 32000},
     )
+    kinds = transformers.AttentionInterface()
+    kinds.register(_ATTENTION, kinds["sdpa"])
+    config._attn_implementation = _ATTENTION
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # or 7b would take 27 GB at first
     try:
@@ -121,20 +138,21 @@ def _measured(
     program: ExportedProgram,
     batch: int,
     device: str,
+    copied: float,
     base: float | None = None,
     left: int = 0,
 ) -> GpuModelRow:
+    """The row of a batch; `copied` is what a plain copy moves, in bytes a second."""
     held = {t.data_ptr(): t.nbytes for t in program.state_dict.values()}
-    run, tokens = program.module(), torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    gc.collect()
-    allocated, note = 0, ""
+    read = sum(held.values()) - _embedding(program)
+    step = step_of(program, batch, compiled=device != "cpu")
+    allocated = 0
     if device != "cpu":
+        step()  # what is compiled and measured at first is no part of a step's memory
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream that there was
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-    def step() -> Any:
-        return run(input_ids=tokens)
-
     times, note = _times(step, device)
     if device != "cpu":
         allocated = torch.cuda.max_memory_allocated()
@@ -144,7 +162,42 @@ def _measured(
     return GpuModelRow(
         *(name, batch, speed, (third - first) / median, speed / (base or speed)),
         *(sum(held.values()), allocated, left, note),
+        seconds=median,
+        share=read / median / copied,
     )
+
+
+def _embedding(program: ExportedProgram) -> int:
+    """Bytes of the one weight of which a step reads a row for each token alone."""
+    [name] = (name for name in program.state_dict if name.endswith("embed_tokens.weight"))
+    return program.state_dict[name].nbytes
+
+
+@torch.no_grad()
+def step_of(program: ExportedProgram, batch: int, *, compiled: bool) -> Callable[[], Any]:
+    """A step of `batch` sequences, by Inductor for them alone if `compiled`.
+
+    What `torch.compile` makes of it but for Dynamo, which finds again, slowly, the graph that a
+    program is.
+    """
+    device = next(iter(program.state_dict.values())).device
+    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    if not compiled:
+        module = program.module()
+        return lambda: module(input_ids=tokens)
+    from slimfx.runtime.inductor import compile_graph  # loads the compiler, slow
+
+    specs = input_specs(program)
+    inputs = [
+        tokens
+        if specs[node.name].kind is InputKind.USER_INPUT
+        else lifted_tensor(program, specs[node.name])
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+    ]
+    fake = FakeTensorMode()  # of no shape environment: every size is a number
+    run = compile_graph(program.graph_module, [fake.from_tensor(each) for each in inputs])
+    return lambda: run(*inputs)[0]
 
 
 def _times(step: Callable[[], Any], device: str) -> tuple[list[float], str]:

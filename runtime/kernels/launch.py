@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from slimfx.runtime.fragments import Fragments
+from slimfx.runtime.kernels.mma import fragments_of
 from slimfx.runtime.kernels.warp import is_by_lane
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from slimfx.errors import SlimError, need
 
 triton = need("triton")
 tl = need("triton.language")
+_cuda = need("triton.language.extra.cuda")
+_begin_next, _wait = _cuda.gdc_launch_dependents, _cuda.gdc_wait
 
-ROWS_OF_X = 16
+ROWS_OF_X = 64
 """Rows of x at most; more are work for the kernels that expand the weight."""
-_SUM = 1024
+_SUM, _PIECES = 1024, 4
 
 
 def why_not_on(backend: str, arch: Any) -> str | None:
@@ -32,7 +35,7 @@ def why_not_on(backend: str, arch: Any) -> str | None:
     return None
 
 
-def check(name: str, x: Tensor, weight: Fragments, where: str) -> None:
+def check(name: str, x: Tensor, weight: Fragments) -> None:
     """Refuse what a kernel would misread."""
     M, K = x.shape if x.dim() == 2 else (0, -1)
     torch._check(
@@ -41,16 +44,14 @@ def check(name: str, x: Tensor, weight: Fragments, where: str) -> None:
             f"{name}: x is {x.dtype} {tuple(x.shape)}, not bfloat16 [1 to {ROWS_OF_X}, {weight.K}]"
         ),
     )
-    check_weight(name, weight, where, x.device)
+    check_weight(name, weight, x.device)
 
 
-def check_weight(name: str, weight: Fragments, where: str, device: torch.device) -> None:
+def check_weight(name: str, weight: Fragments, device: torch.device) -> None:
     """Refuse a weight that a kernel would misread."""
     torch._check(
-        weight.where == where and weight.data.device == device,
-        lambda: (
-            f"{name}: the weight is {weight.where} on {weight.data.device}, not {where} on {device}"
-        ),
+        weight.data.device == device,
+        lambda: f"{name}: the weight is on {weight.data.device}, not on {device}",
     )
     torch._check(  # Triton takes four words at once only if it knows that it may
         weight.data.data_ptr() % 16 == 0 and weight.data.is_contiguous(),
@@ -69,6 +70,14 @@ def check_device(name: str, device: torch.device) -> None:
     reason = why_not_on(target.backend, target.arch)
     if reason is not None:
         raise SlimError(f"{name}: {reason}")
+
+
+@cache
+def early(device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch that may begin before the one ahead of it has ended, from sm_90 on."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 @cache
@@ -91,6 +100,40 @@ def check_layout(name: str, compiled: Any, warps: int) -> None:
         )
 
 
+def arranged(x: Tensor) -> Tensor:
+    """x bfloat16 [M, K] as `warp.load_x` takes it.
+
+    One row stays as it is. More become int32 [ceil(K / 32), F, 8, 4, 4]: for each 32 inputs and
+    eight rows what each lane holds of them, side by side. Read as they are, each of a lane's four
+    words would be a load of its own, from as many lines of the cache as there are rows.
+    """
+    words = pairs(x)
+    M, W = words.shape
+    if M == 1:
+        return words
+    F = fragments_of(M)
+    out = torch.empty(-(-W // 16) * F * 128, dtype=torch.int32, device=x.device)
+    arrange_kernel[(-(-W // (16 * _PIECES)),)](
+        words, words.stride(0), M, W, out, out.numel(), F=F, PIECES=_PIECES, **early(x.device)
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def arrange_kernel(
+    x, XS, M, W, out, SIZE, F: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    """Words [M, W] as `arranged` says, PIECES times 16 of a row a program; zeros after them."""
+    if EARLY:
+        _begin_next()
+        _wait()
+    at = tl.program_id(0) * (PIECES * F * 128) + tl.arange(0, PIECES * F * 128)
+    row = at // 16 % (8 * F)
+    word = at // (128 * F) * 16 + at % 4 * 4 + at // 4 % 4
+    part = tl.load(x + row * XS + word, (row < M) & (word < W), 0)
+    tl.store(out + at, part, at < SIZE)
+
+
 def pairs(x: Tensor) -> Tensor:
     """x bfloat16 [M, K] as int32 [M, ceil(K / 2)], two numbers a word; a copy where it must be."""
     odd = x.shape[1] % 2
@@ -103,11 +146,15 @@ def pairs(x: Tensor) -> Tensor:
 
 @triton.jit
 def sum_parts_kernel(
-    parts, bias, y, SIZE, N, P: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, y, SIZE, N,
+    P: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [SIZE] = parts [P, SIZE] in order of P, plus the bias of each column of N."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
+    if EARLY:
+        _begin_next()
+        _wait()
     total = tl.load(parts + at, inside, 0)
     for p in tl.static_range(1, P):
         total += tl.load(parts + p * SIZE + at, inside, 0)
@@ -125,5 +172,6 @@ def sum_parts(parts: Tensor, bias: Tensor | None) -> Tensor:
         P=P,
         BIAS=bias is not None,
         BLOCK=_SUM,
+        **early(parts.device),
     )
     return y

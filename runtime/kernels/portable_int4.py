@@ -126,7 +126,7 @@ def product(
         return y
     rows = _three_halves(x) if x.dtype is torch.float32 else x.reshape(-1, K).contiguous()
     M, BK = rows.shape[0], block_of(scale, weight.group)
-    BM, BN = 16 if M <= 16 else 32 if M <= 32 else 64, 64 if M <= 32 else 128
+    BM, BN = 16 if M <= 16 else 32 if M <= 32 else 64, 64
     grid = (triton.cdiv(N, BN), triton.cdiv(M, BM))
     blocks = triton.cdiv(K, BK)
     split = how.split or _split(x.device, grid, blocks)
@@ -163,12 +163,12 @@ def _three_halves(x: Tensor) -> Tensor:
 
 
 def _split(device: torch.device, grid: tuple[int, int], steps: int) -> int:
-    """Parts of K, of four turns at least, so that there are four programs a multiprocessor: one
-    computes while others wait for memory.
+    """Parts of K, of four turns at least, so that there are two programs a multiprocessor: one
+    computes while another waits for memory.
     """
     if device.type != "cuda":
         return 1
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(wanted // (grid[0] * grid[1]), steps // 4))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from io import StringIO
@@ -10,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from slimfx.runtime.select import Gpu
 from typer.testing import CliRunner
 
-from slimfx import bench_gpu
+from slimfx import bench_gpu, bench_model_gpu
 from slimfx.bench_gpu import GpuRow, layers
 from slimfx.bench_gpu import bench_gpu as bench
-from slimfx.bench_model_gpu import GpuModelRow, bench_model_gpu
+from slimfx.bench_model_gpu import GpuModelRow
+from slimfx.bench_model_gpu import bench_model_gpu as bench_model
 from slimfx.cli import app
 from slimfx.cli_bench_kernels import _draw, gpu_table
+from slimfx.cli_bench_model import gpu_table as model_table
 from slimfx.errors import SlimError
 from slimfx.gpu_contenders import Layer, contenders
 
@@ -27,7 +32,7 @@ TINY = Layer("tiny", 128, (32, 16))
 
 def measured(device: str) -> list[dict[str, Any]]:
     """Rows of a tiny layer."""
-    return [asdict(row) for row in bench([TINY], (1, 18), device=device, copies=20_000)]
+    return [asdict(row) for row in bench([TINY], (1, 66), device=device, copies=20_000)]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +43,7 @@ def rows(run: Run) -> list[GpuRow]:
 
 def test_every_contender_has_a_sane_row(rows: list[GpuRow]) -> None:
     assert [(row.M, row.name) for row in rows] == [
-        (M, name) for M in (1, 18) for name in ("bfloat16", "aten int4", "slim", "slim lora")
+        (M, name) for M in (1, 66) for name in ("bfloat16", "aten int4", "slim", "slim lora")
     ]
     assert [row.kernel for row in rows] == [
         *("", "", "decode_24", "decode_24", "", "", "portable_24", "portable_24")
@@ -122,23 +127,57 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def model_rows(device: str) -> list[dict[str, Any]]:
     """Rows of a tiny model."""
-    return [asdict(row) for row in bench_model_gpu("tiny", (1, 3), device=device)]
+    return [asdict(row) for row in bench_model("tiny", (1, 3), device=device)]
 
 
-def test_a_tiny_model_runs_compressed_as_a_whole(run: Run) -> None:
-    rows = [GpuModelRow(**row) for row in run(model_rows)]
-    assert [(row.name, row.batch) for row in rows] == [
+@pytest.fixture(scope="session")
+def model(run: Run) -> list[GpuModelRow]:
+    """Measured where `run` does."""
+    return [GpuModelRow(**row) for row in run(model_rows)]
+
+
+def test_a_tiny_model_runs_compressed_as_a_whole(model: list[GpuModelRow]) -> None:
+    assert [(row.name, row.batch) for row in model] == [
         *[("bfloat16", 1), ("bfloat16", 3), ("compressed", 1), ("compressed", 3)]
     ]
-    for dense, small in zip(rows[:2], rows[2:]):
+    for row in model:
+        assert row.seconds == pytest.approx(row.batch / row.tokens_per_second) and row.share > 0
+    for dense, small in zip(model[:2], model[2:]):
         assert dense.speedup == 1 and small.left == 0 and dense.note == small.note == ""
         assert small.speedup == pytest.approx(small.tokens_per_second / dense.tokens_per_second)
         assert small.weight_bytes < dense.weight_bytes
 
 
+def test_the_table_of_a_model_says_how_long_a_step_is(model: list[GpuModelRow]) -> None:
+    text = StringIO()
+    Console(file=text, width=200).print(model_table(model))
+    for row in model:
+        assert f"{1e3 * row.seconds:.3f}" in text.getvalue()
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_the_programs_own_and_leaves_nothing() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench_model_gpu.SIZES, "least", (128, 256, 1, 4, 2))
+        dense = bench_model_gpu._program("least", 16, device)
+        program, left = bench_model_gpu._compressed(dense, Gpu("cuda", 90), device)
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    [node] = (node for node in program.graph.nodes if node.target is attention)
+    assert left == 0 and len(node.args) == 3 and "attn_mask" not in node.kwargs
+    exact = bench_model_gpu.step_of(program, 3, compiled=False)()
+    step = bench_model_gpu.step_of(program, 3, compiled=True)
+    assert exact.shape == (3, 1, 32000) and exact.abs().max() > 0.5
+    torch.testing.assert_close(step(), exact, atol=0.03, rtol=0)
+    held = [weakref.ref(tensor) for tensor in (*dense.state_dict.values(), *program.buffers())]
+    del dense, program, node, step
+    gc.collect()
+    assert [ref() for ref in held if ref() is not None] == []
+
+
 def test_a_size_that_is_none() -> None:
     with pytest.raises(SlimError, match="size '9b' is not one of tiny, 1b, 7b, 8b"):
-        list(bench_model_gpu("9b"))
+        list(bench_model("9b"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from slimfx.runtime.kernels.mma import constants
 from slimfx.runtime.kernels.warp import is_by_lane
 
 TYPES = {
-    **{"z": "*i32", "XS": "i32", "M": "i32", "words": "*i32", "scales": "*i32", "sums": "*fp32"},
+    **{"z": "*i32", "M": "i32", "words": "*i32", "scales": "*i32", "sums": "*fp32"},
     **{"y": "*bf16", "N": "i32", "N1": "i32", "N2": "i32", "N3": "i32"},
 }
 
@@ -24,8 +24,9 @@ TYPES = {
 def test_rows_are_where_the_assembly_needs_them(target: str, rows: int, tiles: int) -> None:
     empty = torch.empty(0)
     R = Fragments(empty, empty, "dense", 6144, 416, 128)
-    given = constants(R, rows) | {"RT": tiles, "NW": 2, "SUMS": 3}
-    kernel = offline.compile(add_parts_kernel, TYPES, given, target, warps=2, multiples=("XS", "N"))
+    given = constants(R, rows) | {"RT": tiles, "NW": 2, "SUMS": 3, "NATURAL": False}
+    given |= {"EARLY": target == "sm_90"}
+    kernel = offline.compile(add_parts_kernel, TYPES, given, target, warps=2, multiples=("N",))
     assert is_by_lane(kernel.asm["ttgir"], 2)
     code = offline.sass(kernel)
     assert code.spills == 0 and offline.count(code.opcodes, "HMMA") > 0

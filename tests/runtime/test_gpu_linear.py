@@ -180,7 +180,7 @@ def test_why_there_is_no_template() -> None:
     assert why_no_template(sparse, torch.float32, 20) == (
         "x is torch.float32, not bfloat16 or float16"
     )
-    assert why_no_template(sparse, BF16, 400) == "above 350 rows of x the weight is expanded once"
+    assert why_no_template(sparse, BF16, 400) == "above 160 rows of x the weight is expanded once"
     assert "rows of x vary" in str(why_no_template(sparse, BF16, None))
     adapted = linear(("2:4", 4), [32], 128, adapter=("dense", 4), ranks=[8], layouts=STORED).held
     assert "adapters" in str(why_no_template(adapted, BF16, 20))

@@ -15,10 +15,10 @@ SLIM = Layer(SPARSE, (DENSE, DENSE))
     ("layer", "M", "gpu", "kernel"),
     [
         (SLIM, 1, H100, "decode_24"),
-        (SLIM, 16, A100, "decode_24"),
-        (SLIM, 17, H100, "portable_24"),
-        (SLIM, 350, H100, "portable_24"),
-        (SLIM, 351, H100, "expand"),
+        (SLIM, 64, A100, "decode_24"),
+        (SLIM, 65, H100, "portable_24"),
+        (SLIM, 160, H100, "portable_24"),
+        (SLIM, 161, H100, "expand"),
         (SLIM, 1, T4, "portable_24"),
         (SLIM, 1, MI300, "portable_24"),
         (Layer(DENSE), 4, H100, "decode_int4"),
@@ -47,9 +47,9 @@ def test_it_says_why_not() -> None:
     )
     assert select(SLIM, 1, T4).why_not["decode_24"] == "sm_75 is older than sm_80"
     large = select(SLIM, 500, H100).why_not
-    assert large["decode_24"] == "x has 500 rows, more than 16"
+    assert large["decode_24"] == "x has 500 rows, more than 64"
     assert large["decode_int4"] == "the weight has 2:4 values of 4 bits, not dense ones"
-    assert large["portable_24"].startswith("above 350 rows of x")
+    assert large["portable_24"].startswith("above 160 rows of x")
     assert select(SLIM, 1, H100).why_not["expand"] == "decode_24 is faster for 1 rows of x"
 
 
@@ -59,13 +59,13 @@ def test_a_layout_that_was_not_made_is_not_chosen() -> None:
     assert choice.why_not["decode_24"] == (
         "the weight was not laid out for it: there is only stored"
     )
-    assert select(SLIM, 17, H100, layouts=("fragments",)).kernel is None
+    assert select(SLIM, 65, H100, layouts=("fragments",)).kernel is None
 
 
 def test_a_range_of_rows_is_cut_where_the_kernel_changes() -> None:
     found = [(each.kernel, each.rows) for each in stretches(SLIM, 1, 4096, H100)]
-    assert found == [("decode_24", (1, 16)), ("portable_24", (17, 350)), ("expand", (351, 4096))]
+    assert found == [("decode_24", (1, 64)), ("portable_24", (65, 160)), ("expand", (161, 4096))]
     found = [(each.kernel, each.rows) for each in stretches(SLIM, 1, 100, MI300)]
     assert found == [("portable_24", (1, 100))]
     assert [each.rows for each in stretches(SLIM, 20, 20, H100)] == [(20, 20)]
-    assert [each.kernel for each in stretches(SLIM, 16, 17, H100)] == ["decode_24", "portable_24"]
+    assert [each.kernel for each in stretches(SLIM, 64, 65, H100)] == ["decode_24", "portable_24"]

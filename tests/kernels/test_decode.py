@@ -1,0 +1,242 @@
+"""Weights of four bits on tensor cores, sparse and dense: the numbers, and the machine code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+
+import offline
+import pytest
+import torch
+from cpu_linears import matrix
+from slimfx.runtime.fragments import Fragments, dense_weight, fragments
+from slimfx.runtime.kernels.decode import decode, decode_kernel
+from slimfx.runtime.kernels.launch import arranged, check_layout, pairs, why_not_on
+from slimfx.runtime.kernels.mma import Split, constants, split_for
+from slimfx.runtime.kernels.warp import is_by_lane
+from torch import Tensor
+
+from slimfx.errors import SlimError
+
+ROUNDING = 2**-8
+"""Of a bfloat16 result, relative; float32 sums add far less."""
+TYPES = {
+    **{"x": "*i32", "M": "i32", "words": "*i32", "scales": "*i32"},
+    **{"bias": "*bf16", "y": "*bf16", "N": "i32", "L_words": "*i32", "L_scales": "*i32"},
+    **{"z": "*bf16", "RANK": "i32", "EACH": "i32"},
+}
+
+
+def weight(where: str, N: int, K: int, scales: str, group: int = 32) -> Fragments:
+    """Random, laid out; `scales` as in `cpu_linears.matrix`."""
+    draw = torch.Generator().manual_seed(N * K)
+    stored = matrix((where, 4), N, K, draw, scales=scales)
+    if scales == "group":
+        scale = stored.scale[:, :: group // 32].contiguous()
+        stored = replace(stored, scale=scale, group=group)
+    return fragments(stored, K)
+
+
+def to(device: str, matrix: Fragments) -> Fragments:
+    """The same on a device."""
+    return replace(matrix, data=matrix.data.to(device), scale=matrix.scale.to(device))
+
+
+def product(
+    device: str,
+    where: str,
+    M: int,
+    N: int,
+    K: int,
+    scales: str,
+    group: int,
+    split: Split,
+    bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the kernel gives, and the same in float64."""
+    draw = torch.Generator().manual_seed(M)
+    x = torch.randn(M, K, generator=draw).bfloat16()
+    b = torch.randn(N, generator=draw).bfloat16() if bias else None
+    W = weight(where, N, K, scales, group)
+    there = None if b is None else b.to(device)
+    y = decode(x.to(device), to(device, W), bias=there, split=split).cpu()
+    return y, x.double() @ dense_weight(W, torch.float64).T + (0 if b is None else b.double())
+
+
+CASES = {
+    "one row": (1, 16, 256, "tensor", 32, Split(1, 1)),
+    "two tiles, two warps, odd rows": (3, 35, 520, "row", 32, Split(2, 2)),
+    "groups of 32": (8, 16, 320, "group", 32, Split(1, 2)),
+    "groups of 64": (2, 20, 512, "group", 64, Split(1, 1)),
+    "groups of 128, shared inputs": (3, 24, 1024, "group", 128, Split(2, 2, 2)),
+    "groups of 192": (1, 16, 384, "group", 192, Split(1, 1)),
+    "nine rows, groups of 256": (9, 16, 768, "group", 256, Split(1, 1)),
+    "sixteen rows, groups of 32": (16, 40, 256, "group", 32, Split(2, 1)),
+    "sixteen rows, shared inputs": (16, 32, 1536, "tensor", 32, Split(2, 2, 3)),
+    "seventeen rows, groups of 64": (17, 20, 320, "group", 64, Split(2, 1)),
+    "64 rows": (64, 40, 512, "row", 32, Split(1, 2)),
+    "four tiles": (1, 70, 512, "tensor", 32, Split(4, 2)),
+    "few inputs": (5, 7, 36, "row", 32, Split(1, 2)),
+    "one row, few inputs": (1, 7, 36, "row", 32, Split(1, 2)),
+}
+
+
+@pytest.mark.parametrize("where", ["2:4", "dense"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_multiplies(run: offline.Run, name: str, where: str) -> None:
+    y, wanted = run(product, where, *CASES[name], len(name) % 2 == 0)
+    torch.testing.assert_close(y.double(), wanted, rtol=ROUNDING, atol=1e-4)
+
+
+def test_two_runs_give_the_same_bits(run: offline.Run) -> None:
+    case = CASES["groups of 128, shared inputs"]
+    one, two = (run(product, "2:4", *case, True)[0] for _ in "12")
+    assert torch.equal(one, two)
+
+
+def beyond(device: str) -> Tensor:
+    """Rows of x, one of them not finite."""
+    x = torch.ones(3, 256).bfloat16()
+    x[1, 5] = torch.inf
+    return decode(x.to(device), to(device, weight("2:4", 16, 256, "tensor"))).cpu()
+
+
+def test_a_row_that_is_not_finite_spoils_no_other(run: offline.Run) -> None:
+    y = run(beyond)
+    assert y[0].isfinite().all() and torch.equal(y[0], y[2])
+    assert not y[1].isfinite().all()
+
+
+def test_x_may_begin_anywhere() -> None:
+    whole = torch.randn(3, 11).bfloat16()
+    for x in (whole[:, 1:9], whole[:, :7], whole[1:, ::2], whole.T, whole[:1]):
+        words = pairs(x)
+        back = words.view(torch.bfloat16)
+        assert torch.equal(back[:, : x.shape[1]], x) and not back[:, x.shape[1] :].any()
+
+
+def rearranged(device: str, M: int, K: int) -> tuple[Tensor, Tensor]:
+    """x, and what it becomes."""
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(K)).bfloat16()
+    return x, arranged(x.to(device)).cpu()
+
+
+@pytest.mark.parametrize(("M", "K"), [(2, 32), (8, 100), (9, 261), (33, 64)])
+def test_x_is_arranged_by_lanes(run: offline.Run, M: int, K: int) -> None:
+    x, words = run(rearranged, M, K)
+    steps, F = -(-K // 32), {2: 1, 8: 1, 9: 2, 33: 8}[M]
+    by_lane = words.view(torch.bfloat16).view(steps, F, 8, 4, 4, 2)  # n, g, t, j, half
+    back = by_lane.permute(1, 2, 0, 4, 3, 5).reshape(8 * F, 32 * steps)
+    assert torch.equal(back[:M, :K], x)
+    assert not back[M:].any() and not back[:, K:].any()
+
+
+def test_what_it_would_misread_is_refused() -> None:
+    W = weight("dense", 16, 64, "tensor")
+    with pytest.raises(RuntimeError, match=r"x is torch.float32 \(2, 64\), not bfloat16"):
+        decode(torch.randn(2, 64), W)
+    with pytest.raises(RuntimeError, match=r"not bfloat16 \[1 to 64, 64\]"):
+        decode(torch.randn(65, 64).bfloat16(), W)
+    odd = torch.empty(W.data.numel() + 1, dtype=torch.int32)[1:].view_as(W.data)
+    with pytest.raises(RuntimeError, match="begin at a multiple of 16 bytes"):
+        decode(torch.randn(2, 64).bfloat16(), replace(W, data=odd))
+    with pytest.raises(RuntimeError, match="the weight is on meta, not on cpu"):
+        decode(torch.randn(2, 64).bfloat16(), replace(W, data=W.data.to("meta")))
+
+
+def test_without_triton_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "slimfx.runtime.kernels.warp")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(SlimError, match=r"pip install 'slimfx\[triton\]'"):
+        importlib.import_module("slimfx.runtime.kernels.warp")
+
+
+def test_a_layout_that_the_assembly_does_not_take_is_refused() -> None:
+    kernel = compiled("sm_90", "dense", 1, 32768, Split(2, 8), False)
+    check_layout("decode", kernel, 8)
+    with pytest.raises(SlimError, match=r"laid its tensors out otherwise"):
+        check_layout("decode", kernel, 4)
+    asm = {"ttgir": kernel.asm["ttgir"].replace("[32, 1]", "[8, 4]")}
+    other = type("Compiled", (), {"asm": asm})
+    with pytest.raises(SlimError, match=r"columns in one thread; use Triton 3.6"):
+        check_layout("decode", other, 8)
+
+
+def test_gpus_without_the_instructions_are_left_to_other_kernels() -> None:
+    assert why_not_on("cuda", 90) is None
+    assert "gfx942 has no mma.sp" in str(why_not_on("hip", "gfx942"))
+    assert "older than sm_80" in str(why_not_on("cuda", 75))
+
+
+@pytest.mark.parametrize("M", [1, 8, 16, 64])
+def test_programs_take_all_inputs_and_fill_a_gpu(M: int) -> None:
+    for N in (16, 1024, 4096, 28672):
+        for K in (128, 4096, 11008, 28672):
+            split = split_for(N, K, M)
+            assert split.warps * split.programs <= max(1, -(-K // 256)) * 2
+            assert split.warps <= 16
+            assert split_for(N, K, M, alone=False).programs == 1
+
+
+def compiled(target: str, where: str, rows: int, group: int, split: Split, low: bool) -> object:
+    """The kernel for [N, 32768], as a launch on such a GPU would have it."""
+    nothing = torch.empty(0)
+    first = constants(Fragments(nothing, nothing, "dense", 512, 32768, 128), rows)
+    given = constants(Fragments(nothing, nothing, where, 4096, 32768, group), rows)
+    given |= {"RT": split.tiles, "NW": split.warps, "SK": split.programs, "BIAS": False}
+    given |= {"LOW": low, "L_GROUP": first["GROUP"], "L_PART": first["PART"]}
+    given |= {"L_TEXT": first["TEXT0"], "L_KINDS": first["KINDS"]}
+    given |= {"SPARSE": where == "2:4", "EARLY": target == "sm_90"}
+    aligned = ("N", "RANK", "EACH")
+    return offline.compile(
+        decode_kernel, TYPES, given, target, warps=split.warps, multiples=aligned
+    )
+
+
+LIMITS = {
+    # target, kind, rows of x, group, tiles, L too: instructions and INT of a weight
+    ("sm_90", "2:4", 1, 32768, 2, False): (1.2, 0.55),
+    ("sm_90", "2:4", 1, 32768, 2, True): (1.2, 0.55),
+    ("sm_90", "2:4", 1, 32768, 4, False): (1.0, 0.52),
+    ("sm_90", "2:4", 1, 128, 2, False): (1.3, 0.65),
+    ("sm_90", "2:4", 16, 32768, 2, True): (1.3, 0.55),
+    ("sm_90", "2:4", 64, 32768, 1, True): (2.1, 0.65),
+    ("sm_90", "2:4", 32, 32768, 2, True): (1.3, 0.6),
+    ("sm_80", "2:4", 1, 32768, 2, False): (1.2, 0.55),
+    ("sm_90", "dense", 1, 32768, 2, False): (1.9, 1.0),
+    ("sm_90", "dense", 1, 128, 2, False): (2.1, 1.1),
+    ("sm_90", "dense", 16, 128, 2, False): (2.4, 1.1),
+    ("sm_80", "dense", 1, 128, 2, False): (2.1, 1.1),
+}
+
+
+@pytest.mark.parametrize(("target", "where", "rows", "group", "tiles", "low"), LIMITS)
+def test_the_loop_is_short(
+    target: str, where: str, rows: int, group: int, tiles: int, low: bool
+) -> None:
+    split = Split(tiles, 8)
+    kernel = compiled(target, where, rows, group, split, low)
+    assert is_by_lane(kernel.asm["ttgir"], split.warps)
+    code = offline.sass(kernel)
+    weights = 256 * 16 * split.tiles // 32  # dense ones, of a thread in a turn
+    sparse, fragments = where == "2:4", int(constants_of(where, rows)["F"])
+    product = "HMMA.SP" if sparse else "HMMA.16816"
+    loop = code.loop_with(product)
+    turns = offline.count(loop, product) // ((8 if sparse else 16) * split.tiles * fragments)
+    assert turns >= 1 and code.spills == 0
+    assert offline.count(loop, *offline.EXCHANGE) == 0
+    total = len(loop) / (turns * weights)
+    integers = offline.count(loop, *offline.INT) / (turns * weights)
+    name = f"{target}, {where}, {rows} rows, groups of {group}, {tiles} tiles"
+    print(f"{name}{', L too' if low else ''}: {total:.2f} instructions, INT {integers:.2f}")
+    words = (3 if sparse else 4) * split.tiles * turns + (0 if rows == 1 else 8 * fragments * turns)
+    assert offline.count(loop, "LDG.128") == words  # the weight's, and those of x
+    assert total <= LIMITS[target, where, rows, group, tiles, low][0]
+    assert integers <= LIMITS[target, where, rows, group, tiles, low][1]
+
+
+def constants_of(where: str, rows: int) -> dict[str, int | str]:
+    """Of a matrix of this kind."""
+    nothing = torch.empty(0)
+    return constants(Fragments(nothing, nothing, where, 16, 256, 256), rows)
