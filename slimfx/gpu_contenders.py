@@ -168,12 +168,21 @@ def _grouped(N: int, K: int, draw: torch.Generator) -> PackedDense:
     return PackedDense(codes, scale.bfloat16(), 4, GROUP)
 
 
-def _ours(layer: Layer, draw: torch.Generator, copies: int, adapted: bool) -> Contender:
+def matrices_of(
+    layer: Layer, draw: torch.Generator, *, adapted: bool
+) -> list[tuple[PackedMatrix, int]]:
+    """The weight of a layer and, if `adapted`, L and R, random, each with its K."""
     K, N, parts = layer.K, layer.N, len(layer.rows)
-    rank = layer.rank if adapted else 0
-    matrices: list[tuple[PackedMatrix, int]] = [(_two_four(N, K, draw), K)]
+    found: list[tuple[PackedMatrix, int]] = [(_two_four(N, K, draw), K)]
     if adapted:
-        matrices += [(_grouped(parts * rank, K, draw), K), (_grouped(N, rank, draw), rank)]
+        rank = layer.rank
+        found += [(_grouped(parts * rank, K, draw), K), (_grouped(N, rank, draw), rank)]
+    return found
+
+
+def _ours(layer: Layer, draw: torch.Generator, copies: int, adapted: bool) -> Contender:
+    rank = layer.rank if adapted else 0
+    matrices = matrices_of(layer, draw, adapted=adapted)
     forms = tuple(form_of(*matrix) for matrix in matrices)
     gpu = gpu_of(draw.device) if draw.device.type == "cuda" else Gpu("cuda", 90)
     empty = Held([], [], forms, layer.rows, rank)
@@ -204,7 +213,7 @@ def _ours(layer: Layer, draw: torch.Generator, copies: int, adapted: bool) -> Co
         for value in vars(matrix).values()
         if isinstance(value, Tensor)
     )
-    exact = _exact(layer, matrices, rank)
+    exact = exact_product(layer, matrices, rank)
     return Contender("slim lora" if adapted else "slim", 0.05, size, exact, bind, kernel)
 
 
@@ -219,8 +228,8 @@ def random_linear(N: int, K: int, draw: torch.Generator) -> PackedLinear:
     return PackedLinear(replace(_two_four(N, K, draw), scale=small), L, R)
 
 
-def _exact(layer: Layer, matrices: Sequence[tuple[PackedMatrix, int]], rank: int) -> Exact:
-    """x float64 -> the sampled outputs."""
+def exact_product(layer: Layer, matrices: Sequence[tuple[PackedMatrix, int]], rank: int) -> Exact:
+    """x float64 -> the outputs that `sample` names."""
     weight: Any = matrices[0][0]
     rows = sample(layer.N).to(weight.values.device)
     W = unpack_24(weight.values[rows], weight.indices[rows], 4, layer.K).double()

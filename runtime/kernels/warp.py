@@ -1,4 +1,4 @@
-"""What a program of the decode kernels does: tiles of 16 rows times up to 16 rows of x.
+"""What a program of the decode kernels does: tiles of 16 rows times up to 64 rows of x.
 
 A warp is 32 rows of a tensor [32 NW, 4], and one of these rows the four registers of a thread.
 `is_by_lane` tells whether Triton laid it out so, on which the assembly of tensor cores relies.
@@ -85,7 +85,7 @@ def load_x(
     """Fragments of 32 inputs each, STEPS from FIRST on in the kb-th 256: for P fragments of eight
     rows, from PAIR on, all steps of the first and then those of the next. Zeros from K on.
 
-    x is as `arrange` leaves it or, if NATURAL, one row of words.
+    x is as `launch.arranged` leaves it, which is one row of words if NATURAL.
     """
     out = ()
     for n in tl.static_range(P):
@@ -305,7 +305,7 @@ def finish(
 def finish_low(
     sums, scales, z, M, RANK, first, EACH, GROUP: tl.constexpr, F: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
-    """Store RT tiles of x L^T as `arrange` would leave it, EACH rows of L after the other."""
+    """Store RT tiles of x L^T as `launch.arranged` would, EACH rows of L after the other."""
     lane = tl.arange(0, 32)[:, None]
     c = tl.arange(0, 4)[None, :]
     for j in tl.static_range(RT):
@@ -327,7 +327,7 @@ def finish_low(
 
 @triton.jit
 def _arranged(k, m, F: tl.constexpr):
-    """Where input k of row m is, in numbers, as `arrange` leaves x."""
+    """Where input k of row m is, in numbers, as `launch.arranged` leaves x."""
     w = k // 2
     word = ((w // 16 * F + m // 8) * 32 + m % 8 * 4 + w % 4) * 4 + w % 16 // 4
     return 2 * word + k % 2

@@ -31,7 +31,9 @@ def test_the_decoder_goes_on(tmp_path: Path) -> None:
     assert "'decode_tokens_per_second'" in text
 
 
-@pytest.mark.parametrize("name", ["sentence_encoder", "vision"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("sentence_encoder", marks=pytest.mark.slow), "vision"]
+)
 def test_answers_stay_near(name: str, tmp_path: Path) -> None:
     cosines = [float(found) for found in re.findall(r"cosine (0\.\d+)", said(name, tmp_path))]
     assert cosines and min(cosines) > 0.5
@@ -43,15 +45,18 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     assert small < 1.6 * dense  # 0.310 seen; a random target leaves little to leave out
 
 
+@pytest.mark.slow
 def test_the_file_for_torch_alone(tmp_path: Path) -> None:
     assert "slimfx and transformers were not imported" in said("to_pt2", tmp_path)
 
 
+@pytest.mark.slow
 def test_targets_of_the_same_arithmetic_say_the_same(tmp_path: Path) -> None:
     found = [GREEDY.search(said(name, tmp_path)) for name in ("to_aoti", "to_onnx", "to_hf")]
     assert len({match and match.group() for match in found}) == 1
     assert found[0]
 
 
+@pytest.mark.slow
 def test_executorch_goes_on(tmp_path: Path) -> None:
     assert GREEDY.search(said("to_pte", tmp_path))
