@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +20,22 @@ from slimfx.export import TARGETS
 from slimfx.runtime.targets import pt2
 
 _WRITES = {"pt2": "-aten.pt2", "aoti": "-aoti.pt2", "pte": ".pte", "onnx": ".onnx", "hf": "-hf"}
-TARGET_TABLE = "\n\n".join(
-    f"{name}: needs {target.needs}; inputs of compressed linears {target.inputs}."
-    for name, target in TARGETS.items()
-)
+
+
+def _target_table() -> str:
+    """The targets, for the end of `slimfx export --help`."""
+    columns = ("target", "size", "needs to run", "inputs of compressed linears")
+    table = Table(*columns, box=None, pad_edge=False)
+    for name, target in TARGETS.items():
+        table.add_row(name, f"{target.size:.2f}x", target.needs, target.inputs)
+    text = StringIO()
+    Console(file=text, width=76, color_system=None).print(table)
+    size = "size: all files of examples/demo_lm, relative to its .pt2 of form op"
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\b\n" + "\n".join([*lines, size])  # \b: as it is, not wrapped
+
+
+TARGET_TABLE = _target_table()
 
 
 def export(

@@ -22,6 +22,9 @@ class Target:
     """Of a file's name, "" for a folder."""
     needs: str
     """At run time."""
+    size: float
+    """Of all its files, relative to the .pt2 of form op: examples/demo_lm under the recipe joint,
+    by the commands of README.md, "Where it runs"."""
     inputs: str
     """What becomes of the inputs of compressed linears."""
     options: tuple[str, ...]
@@ -31,23 +34,35 @@ class Target:
 
 
 TARGETS = {
-    "pt2": Target(".pt2", "torch", "as they are", (), pt2.check),
+    "pt2": Target(".pt2", "torch", 1.01, "as they are", (), pt2.check),
     "aoti": Target(
         ".pt2",
         "torch or libtorch of the same minor version, a processor as --march says",
+        1.17,
         "as they are, or rounded to 8 bits",
         ("march", "accuracy"),
         aoti.check,
     ),
     "pte": Target(
-        ".pte", "executorch", "rounded to 8 bits, or as they are", ("accuracy",), pte.check
+        ".pte",
+        "executorch",
+        2.11,
+        "rounded to 8 bits, or as they are",
+        ("accuracy",),
+        pte.check,
     ),
     "onnx": Target(
-        ".onnx", "onnxruntime", "as they are, or rounded to 8 bits", ("accuracy",), onnx.check
+        ".onnx",
+        "onnxruntime",
+        1.30,
+        "as they are, or rounded to 8 bits",
+        ("accuracy",),
+        onnx.check,
     ),
     "hf": Target(
         "",
         "transformers, peft and compressed-tensors, or vLLM",
+        1.26,
         "as they are",
         ("dtype",),
         hf.check,

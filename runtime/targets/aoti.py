@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,7 +152,9 @@ def _compile(program: ExportedProgram, path: Path, march: str) -> None:
     if march != "native":
         options |= {"cpp.march": march, "cpp.simdlen": _LANES[march]}
     try:
-        with kernels(), config.patch(options):
+        with kernels(), config.patch(options), warnings.catch_warnings():
+            ignored = r"`isinstance\(treespec, LeafSpec"  # torch's
+            warnings.filterwarnings("ignore", ignored, FutureWarning)
             aoti_compile_and_package(program, package_path=str(path))
     except (InductorError, RuntimeError) as error:
         raise ArtifactError(f"{path.name}: torch could not compile the program: {error}") from error

@@ -15,7 +15,9 @@ load it, and vLLM serves it (docs/huggingface.md).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -357,14 +359,27 @@ def _model(path: Path, beside: Sidecar, compute: torch.dtype, causal: bool) -> A
             options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     peft = need("peft") if (path / ADAPTER).is_dir() else None
     try:
-        model = auto.from_pretrained(path, **options).eval()
-        if several:  # weights are decompressed by the first call, and peft looks for them
-            with torch.no_grad():
-                model(**beside.inputs)
-        if peft is not None:
-            model = peft.PeftModel.from_pretrained(
-                model, path / ADAPTER, autocast_adapter_dtype=False
-            )
+        with _quiet():
+            model = auto.from_pretrained(path, **options).eval()
+            if several:  # weights are decompressed by the first call, and peft looks for them
+                with torch.no_grad():
+                    model(**beside.inputs)
+            if peft is not None:
+                model = peft.PeftModel.from_pretrained(
+                    model, path / ADAPTER, autocast_adapter_dtype=False
+                )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ArtifactError(f"{path}: transformers cannot load it ({error})") from error
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries tell each other's developers, and without what transformers says
+    to `dequantize`, which the folder cannot ask for itself.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+        yield

@@ -24,6 +24,7 @@ import torch
 from slimfx.passes.inputs import described, module_of, tensor_inputs
 from slimfx.passes.limit_sizes import limit_sizes
 from slimfx.passes.lower_pte import FORMS, lower_pte
+from slimfx.passes.order_attention import order_attention
 from slimfx.runtime import archive, sidecar
 from slimfx.runtime.golden import CheckResult, compare
 from slimfx.runtime.manifest import manifest_of
@@ -74,7 +75,7 @@ def save(
         )
     need("executorch")
     limited = limit_sizes(program, batch=batch, length=length)
-    lowered, report = lower_pte(limited, form=form)
+    lowered, report = lower_pte(order_attention(limited), form=form)
     inputs, outputs = _golden(lowered)
     record = {"form": form, "inputs": described(limited)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:

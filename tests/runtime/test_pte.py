@@ -202,10 +202,10 @@ def test_two_loads_of_a_file_keep_their_own_cache(decoder: tuple[ExportedProgram
     assert torch.equal(one(**step), other(**step))  # type: ignore[arg-type]
 
 
-def test_a_program_of_tokens_is_written_for_one_row_of_any_length(tmp_path: Path) -> None:
+def test_a_program_of_tokens_is_written_for_some_rows_of_any_length(tmp_path: Path) -> None:
     program = compressed("gpt2", "slim")
-    pte.save(program, tmp_path / "gpt2.pte", form="portable", length=24)
+    pte.save(program, tmp_path / "gpt2.pte", form="portable", batch=2, length=24)
     run = pte.load(tmp_path / "gpt2.pte")
-    for length in (2, 11, 24):
-        x = {"input_ids": ids(length, 1, length)}
+    for shape in ((1, 2), (2, 11), (2, 24)):
+        x = {"input_ids": ids(shape[1], *shape)}
         torch.testing.assert_close(run(**x), answer(program.module(), x), rtol=1e-4, atol=1e-5)
