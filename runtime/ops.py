@@ -6,10 +6,15 @@ definition.
     linear_bitmask  y = x @ (unpack_bitmask(values, mask) * scale)^T
     quantize_fp8    y = x as 8-bit floating point would carry it
 
-All are opaque to torch.export and decompose on request: `REFERENCES` maps op to reference.
+All are opaque to torch.export and decompose on request: `REFERENCES` maps op to reference. The
+gradient reaches x alone; what is stored is constant. The backward pass unpacks the weight anew and
+lets it go. Through `quantize_fp8` the gradient passes as if nothing happened.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from slimfx.runtime.pack import CODE_BITS, FLOAT_BITS, unpack_24, unpack_bitmask, unpack_codes
@@ -179,6 +184,35 @@ _define(
     _fake_bitmask,
 )
 _define("quantize_fp8(Tensor x) -> Tensor", quantize_fp8, torch.empty_like)
+
+
+def _differentiate(name: str, unpack: Callable[..., Tensor]) -> None:
+    """Let gradients reach x of an op (x, *packed, scale, bits, group); `unpack` is its layout's."""
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *stored, bits, group = inputs
+        ctx.save_for_backward(*stored)
+        ctx.numbers = x.shape[-1], bits, group
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *packed, scale = ctx.saved_tensors
+        K, bits, group = ctx.numbers
+        constant = (None,) * (len(packed) + 3)
+        if not ctx.needs_input_grad[0]:
+            return (None, *constant)
+        return gradient @ _dense(unpack(*packed, bits, K), scale, group, gradient.dtype), *constant
+
+    torch.library.register_autograd(
+        f"slimfx::{name}", backward, setup_context=remember, lib=_LIBRARY
+    )
+
+
+_differentiate("linear_int", unpack_codes)
+_differentiate("linear_24", unpack_24)
+_differentiate("linear_bitmask", unpack_bitmask)
+torch.library.register_autograd(
+    "slimfx::quantize_fp8", lambda ctx, gradient: gradient, lib=_LIBRARY
+)
 
 REFERENCES = {
     torch.ops.slimfx.linear_int.default: linear_int,

@@ -11,20 +11,24 @@ from slimfx.compress import compress
 from slimfx.errors import SlimError
 from slimfx.evaluate import evaluate
 from slimfx.export import export
+from slimfx.finetune import finetune
 from slimfx.generate import generate
 from slimfx.import_checkpoint import import_checkpoint
 from slimfx.plan import plan
 from slimfx.recipe import Recipe
 from slimfx.runtime.targets.pt2 import load, save
+from slimfx.training_text import Training
 
 __all__ = [
     "Recipe",
     "SlimError",
+    "Training",
     "capture",
     "check",
     "compress",
     "evaluate",
     "export",
+    "finetune",
     "generate",
     "import_checkpoint",
     "load",

@@ -20,7 +20,15 @@ from rich.table import Table
 from torch.export import ExportedProgram
 
 import slimfx
-from slimfx import cli_bench, cli_bench_kernels, cli_bench_model, cli_export, show, tasks
+from slimfx import (
+    cli_bench,
+    cli_bench_kernels,
+    cli_bench_model,
+    cli_export,
+    cli_finetune,
+    show,
+    tasks,
+)
 from slimfx.errors import PlanError, SlimError
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
@@ -40,6 +48,7 @@ app.add_typer(cli_bench.app, name="bench")
 app.command(epilog=cli_export.TARGET_TABLE)(cli_export.export)
 app.command("import")(cli_export.import_checkpoint)
 app.command()(cli_export.check)
+app.command()(cli_finetune.finetune)
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
 Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]

@@ -28,6 +28,10 @@ class SolveError(SlimError):
     """A weight cannot be compressed: it is not finite, or the result would not be."""
 
 
+class FinetuneError(SlimError):
+    """The program cannot be trained on this text, or training came to nothing."""
+
+
 class ArtifactError(SlimError):
     """A file is missing, damaged, unsafe or of another format version."""
 
@@ -37,6 +41,7 @@ _EXTRAS = {
     "tokenizers": "hf",
     "datasets": "hf",
     "peft": "hf",
+    "accelerate": "hf",
     "compressed_tensors": "hf",
     "lm_eval": "eval",
     "onnx": "onnx",
