@@ -7,6 +7,7 @@ Calibrates and evaluates on the English of the running Python, so that it needs 
 import argparse
 import contextlib
 import importlib.resources
+import logging
 import os
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48, help="windows of 512 tokens each")
     parser.add_argument("--output", type=Path, default=Path("demo-artifacts"))
     args = parser.parse_args()
+    for name in ("torchao", "torch.utils._pytree"):  # what transformers imports where it is there
+        logging.getLogger(name).setLevel(logging.ERROR)
     args.output.mkdir(parents=True, exist_ok=True)
 
     dense = slimfx.capture(HERE / "demo_lm")
