@@ -28,10 +28,12 @@ DECODE_ROWS = 64
 """What the decode kernels have registers for."""
 PORTABLE_ROWS = 160
 """Above it a weight that is expanded once costs less than one expanded in blocks: where the lines
-through 64 and 256 rows meet, measured on an H200 for the layers of Llama 2 7B (158 to 171)."""
+through 64 and 256 rows meet for the layers of Llama 2 7B on an H200, 158 to 171
+(examples/results/gpu-h200.json, call 1)."""
 SPARSE_ROWS = 1024
 """From here on cuSPARSELt and its smaller expansion cost no more than cuBLAS and its own: 702 and
-707 microseconds for the layers of a block of Llama 2 7B on an H200; at 512 rows 548 and 435.
+707 microseconds for the layers of a block of Llama 2 7B on an H200; at 512 rows 548 and 435
+(examples/results/gpu-h200.json, call 2).
 """
 _TAKES = {
     **{"decode_24": "2:4", "decode_int4": "dense"},

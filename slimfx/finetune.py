@@ -71,7 +71,9 @@ def finetune(
     batches = training_batches(program, source, how)
     taught = None if teacher is None else _teacher(program, teacher)
     trainee = _Trainee(trainable, trained, taught)
-    job = {**asdict(how), "teacher": teacher is not None, "sha256": _digest(program, batches)}
+    named = {**program.state_dict, **{str(i): b["labels"] for i, b in enumerate(batches)}}
+    known = None if taught is None else _digest(taught.state_dict)
+    job = {**asdict(how), "teacher": known, "sha256": _digest(named)}
     del job["save_every"]  # which changes nothing of the result
     with tempfile.TemporaryDirectory() as scratch, _random_state():
         folder = _folder(checkpoints, job, resume)
@@ -293,10 +295,9 @@ def _last_checkpoint(folder: Path | None) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _digest(program: ExportedProgram, batches: list[Batch]) -> str:
-    """SHA-256 over the program's tensors and all that is trained on."""
+def _digest(named: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors and their names."""
     sha = hashlib.sha256()
-    named = {**program.state_dict, **{str(i): b["labels"] for i, b in enumerate(batches)}}
     for name, tensor in named.items():
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

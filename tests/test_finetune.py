@@ -215,6 +215,12 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         slimfx.finetune(
             program, TEXT + 1 - 1 * (TEXT > 9), how=QUICK, checkpoints=folder, resume=True
         )
+    taught, other_one = tmp_path / "taught", compressed("llama", "slim")
+    slimfx.finetune(program, TEXT, how=QUICK, teacher=program, checkpoints=taught)
+    with pytest.raises(FinetuneError, match="a run with another teacher"):
+        slimfx.finetune(
+            program, TEXT, how=QUICK, teacher=other_one, checkpoints=taught, resume=True
+        )
     with pytest.raises(FinetuneError, match="resume needs the folder"):
         slimfx.finetune(program, TEXT, how=QUICK, resume=True)
 

@@ -12,6 +12,7 @@ import torch
 from slimfx.runtime.fragments import Fragments
 from slimfx.runtime.kernels.mma import fragments_of
 from slimfx.runtime.kernels.warp import is_by_lane
+from slimfx.runtime.select import DECODE_ROWS
 from torch import Tensor
 
 from slimfx.errors import SlimError, need
@@ -21,8 +22,6 @@ tl = need("triton.language")
 _cuda = need("triton.language.extra.cuda")
 _begin_next, _wait = _cuda.gdc_launch_dependents, _cuda.gdc_wait
 
-ROWS_OF_X = 64
-"""Rows of x at most; more are work for the kernels that expand the weight."""
 _SUM, _PIECES = 1024, 4
 
 
@@ -39,9 +38,10 @@ def check(name: str, x: Tensor, weight: Fragments) -> None:
     """Refuse what a kernel would misread."""
     M, K = x.shape if x.dim() == 2 else (0, -1)
     torch._check(
-        x.dtype is torch.bfloat16 and weight.K == K and 1 <= M <= ROWS_OF_X,
+        x.dtype is torch.bfloat16 and weight.K == K and 1 <= M <= DECODE_ROWS,
         lambda: (
-            f"{name}: x is {x.dtype} {tuple(x.shape)}, not bfloat16 [1 to {ROWS_OF_X}, {weight.K}]"
+            f"{name}: x is {x.dtype} {tuple(x.shape)}, not bfloat16 "
+            f"[1 to {DECODE_ROWS}, {weight.K}]"
         ),
     )
     check_weight(name, weight, x.device)
