@@ -1,4 +1,4 @@
-"""What every launch of a decode kernel asks and does besides: arguments, devices, partial sums."""
+"""What every launch of a decode kernel asks and does besides: arguments, devices, rows of x."""
 
 # Jitted functions are Triton's language: constants are annotations.
 # mypy: disable-error-code="name-defined"
@@ -22,7 +22,7 @@ tl = need("triton.language")
 _cuda = need("triton.language.extra.cuda")
 _begin_next, _wait = _cuda.gdc_launch_dependents, _cuda.gdc_wait
 
-_SUM, _PIECES = 1024, 4
+_PIECES = 4
 
 
 def why_not_on(backend: str, arch: Any) -> str | None:
@@ -142,36 +142,3 @@ def pairs(x: Tensor) -> Tensor:
         whole[:, : x.shape[1]] = x
         x = whole
     return x.view(torch.int32)
-
-
-@triton.jit
-def sum_parts_kernel(
-    parts, bias, y, SIZE, N,
-    P: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """y [SIZE] = parts [P, SIZE] in order of P, plus the bias of each column of N."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < SIZE
-    if EARLY:
-        _begin_next()
-        _wait()
-    total = tl.load(parts + at, inside, 0)
-    for p in tl.static_range(1, P):
-        total += tl.load(parts + p * SIZE + at, inside, 0)
-    if BIAS:
-        total += tl.load(bias + at % N, inside, 0).to(tl.float32)
-    tl.store(y + at, total.to(y.dtype.element_ty), inside)
-
-
-def sum_parts(parts: Tensor, bias: Tensor | None) -> Tensor:
-    """bfloat16 [M, N] = the sum of float32 [P, M, N] in order, plus bias [N]."""
-    P, M, N = parts.shape
-    y = torch.empty(M, N, dtype=torch.bfloat16, device=parts.device)
-    sum_parts_kernel[(-(-M * N // _SUM),)](
-        *(parts, y if bias is None else bias, y, M * N, N),
-        P=P,
-        BIAS=bias is not None,
-        BLOCK=_SUM,
-        **early(parts.device),
-    )
-    return y

@@ -89,37 +89,38 @@ def _registers(word: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Split:
-    """How programs share a matrix: tiles of 16 rows each, warps and programs along K."""
+    """How programs share a matrix: tiles of 16 rows a warp, warps along K, turns read ahead, and
+    warps along N.
+    """
 
     tiles: int
     warps: int
-    programs: int = 1
+    ahead: int = 2
+    across: int = 1
 
 
 _MANY = 1056
-"""Tiles of which a program takes two: eight for each multiprocessor of an H100 or H200. The same
-for all GPUs, so that all give the same bits."""
-_WARPS = 1300
-"""Warps that keep the memory of an H200 busy: more programs share inputs until there are."""
+"""Tiles of which a warp takes two: eight for each multiprocessor of an H100 or H200. The same for
+all GPUs, so that all give the same bits."""
 
 
-def split_for(N: int, K: int, M: int, *, alone: bool = True) -> Split:
+def split_for(N: int, K: int, M: int) -> Split:
     """A `Split` for a matrix [N, K] and M rows of x, the fastest measured on an H200 for the layers
-    of Llama 2 7B or close to it; `alone`: programs may share the inputs of a tile.
+    of Llama 2 7B or close to it.
     """
-    if not alone:
-        return Split(1, 1)
-    tiles, turns = -(-N // 16), -(-K // 256)
-    two = M <= 16 and tiles >= (_MANY if M <= 8 else _MANY // 2)  # they share what is read of x
-    wide = M <= 8 and 4 * tiles < _WARPS and turns >= 32
-    warps = 2 if two or (M > 16 and tiles >= _MANY // 2) else 8 if wide else 4
+    two = -(-N // 16) >= (_MANY if M <= 8 else _MANY // 2)  # they share what is read of x
+    warps, turns = 2 if two else 4, -(-K // 256)
     while warps > turns:
         warps //= 2
-    each = 2 if two else 1
-    programs = 1
-    while -(-tiles // each) * warps * programs < _WARPS and 2 * programs * warps <= turns:
-        programs *= 2
-    return Split(each, warps, 1 if M > 16 else programs)
+    return Split(2 if two else 1, warps, 1 if M > 8 else 2 if two else 3)
+
+
+def split_for_low(K: int, M: int) -> Split:
+    """A `Split` for L of all linears: it has few rows, and is wanted at once."""
+    warps, turns = 8, -(-K // 256)
+    while warps > turns:
+        warps //= 2
+    return Split(1, warps, 2 if M <= 16 else 1)
 
 
 def fragments_of(rows: int) -> int:
@@ -129,7 +130,7 @@ def fragments_of(rows: int) -> int:
 
 def constants(matrix: Fragments, rows: int) -> dict[str, int | str]:
     """The constants of `warp.accumulate` that depend on a matrix and on how many rows x has."""
-    two, one = rows > 8, rows == 1
+    two = rows > 8
     width = 256 if matrix.group >= matrix.K else gcd(matrix.group, 256)
     parts = max(1, BLOCK[matrix.where] // (2 if matrix.where == "2:4" else 1) // width)
     halves = [
@@ -144,5 +145,4 @@ def constants(matrix: Fragments, rows: int) -> dict[str, int | str]:
         "TEXT1": halves[1].text,
         "KINDS": halves[0].constraints,
         "F": fragments_of(rows),
-        "NATURAL": one,
     }

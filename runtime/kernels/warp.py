@@ -3,8 +3,14 @@
 A warp is 32 rows of a tensor [32 NW, 4], and one of these rows the four registers of a thread.
 `is_by_lane` tells whether Triton laid it out so, on which the assembly of tensor cores relies.
 
+A turn is 256 inputs of each warp, the kb-th. What it reads of memory is read A turns ahead, so that
+bytes are on their way while a warp computes: words of the weight, its scales, and x, which is read
+by the same unit in the same order and would wait for what was asked for before it.
+
 Constants: K inputs; GROUP inputs share a scale, 0 if all do; PART of them one sum before it; RT
-tiles a program; NW warps, SK programs share the inputs of a tile, F fragments of eight rows of x.
+tiles a program; NW warps share the inputs of a tile; F fragments of eight rows of x; ROW: x is one
+row as it lies in memory, not `launch.arranged`; FRESH: x was written by the launch ahead, and what
+a multiprocessor holds of it may be older.
 """
 
 # Jitted functions are Triton's language: constants are annotations, tuples may grow.
@@ -14,12 +20,12 @@ from __future__ import annotations
 
 import re
 
+from slimfx.runtime.kernels.reads import load_turn, load_turn_of_x, load_x, spread
+
 from slimfx.errors import need
 
 triton = need("triton")
 tl = need("triton.language")
-_cuda = need("triton.language.extra.cuda")
-_begin_next, _wait = _cuda.gdc_launch_dependents, _cuda.gdc_wait
 
 
 def is_by_lane(ttgir: str, warps: int) -> bool:
@@ -77,43 +83,8 @@ def zeros(R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def load_x(
-    x, M, kb, lane, c,
-    FIRST: tl.constexpr, STEPS: tl.constexpr, F: tl.constexpr, PAIR: tl.constexpr,
-    P: tl.constexpr, K: tl.constexpr, CHECK: tl.constexpr, NATURAL: tl.constexpr,
-):  # fmt: skip
-    """Fragments of 32 inputs each, STEPS from FIRST on in the kb-th 256: for P fragments of eight
-    rows, from PAIR on, all steps of the first and then those of the next. Zeros from K on.
-
-    x is as `launch.arranged` leaves it, which is one row of words if NATURAL.
-    """
-    out = ()
-    for n in tl.static_range(P):
-        row = tl.minimum(lane // 4, tl.maximum(M - 1 - 8 * (PAIR + n), 0))
-        t = lane & 3  # Triton takes lane % 4 for contiguous, and gives x a layout of its own
-        for i in tl.static_range(STEPS):
-            step = kb * 8 + (FIRST + i)
-            if NATURAL:
-                word = step * 16 + t + 4 * c
-                if CHECK:
-                    part = tl.load(x + word, word < (K + 1) // 2, 0, eviction_policy="evict_last")
-                else:
-                    part = tl.load(x + word, eviction_policy="evict_last")
-            else:
-                at = x + (step * F + (PAIR + n)) * 128 + (row * 16 + t * 4) + c
-                if CHECK:
-                    inside = step < (K + 31) // 32
-                    part = tl.load(at, inside & (c >= 0), 0, eviction_policy="evict_last")
-                else:
-                    part = tl.load(at, eviction_policy="evict_last")
-            out += (part,)
-    return out
-
-
-@triton.jit
-def load_scale(scales, at, c):
+def scale_of(pair, c):
     """The scales of a thread's four sums: two of row g, two of row g + 8."""
-    pair = tl.load(scales + at)
     return tl.where(c < 2, pair << 16, pair & -65536).to(tl.float32, bitcast=True)
 
 
@@ -123,38 +94,6 @@ def add_scaled(sums, parts, factor, FIRST: tl.constexpr, F: tl.constexpr):
     out = ()
     for n in tl.static_range(F):
         out += (sums[n] + parts[FIRST + n] * factor,)
-    return out
-
-
-@triton.jit
-def load_words(
-    words, first, TILES, kb, c,
-    SPARSE: tl.constexpr, K: tl.constexpr, CHECK: tl.constexpr, RT: tl.constexpr,
-):  # fmt: skip
-    """What RT tiles have for 256 inputs, the kb-th of each warp: codes, and positions if SPARSE.
-
-    With CHECK, what there is last stands for what is not there.
-    """
-    SUBS: tl.constexpr = 2 if SPARSE else 4
-    LAST: tl.constexpr = (K + 255) // 256 - 1 if SPARSE else (K + 63) // 64 - 1
-    out = ()
-    for j in tl.static_range(RT):
-        tile = tl.minimum(first + j, TILES - 1).to(tl.int64)
-        if SPARSE:
-            block = tl.minimum(kb, LAST) if CHECK else kb
-            at = words + tile * ((LAST + 1) * 384) + block * 384
-            out += (tl.load(at + (256 + c), eviction_policy="evict_first"),)
-        else:
-            at = words + tile * ((LAST + 1) * 128)
-        for s in tl.static_range(SUBS):
-            if SPARSE:
-                word = tl.load(at + (128 * s + c), eviction_policy="evict_first")
-            elif CHECK:
-                sub = tl.minimum(kb * SUBS + s, LAST)
-                word = tl.load(at + (sub * 128 + c), eviction_policy="evict_first")
-            else:
-                word = tl.load(at + (kb * 512 + (128 * s + c)), eviction_policy="evict_first")
-            out += (word,)
     return out
 
 
@@ -172,39 +111,39 @@ def _replace(items, new, FIRST: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr
 
 @triton.jit
 def turn(
-    sums, held, x, M, scales, first, TILES, kb, lane, c,
+    sums, held, x, M, kb, lane, c,
     SPARSE: tl.constexpr, K: tl.constexpr, CHECK: tl.constexpr, GROUP: tl.constexpr,
     PART: tl.constexpr, TEXT0: tl.constexpr, TEXT1: tl.constexpr, KINDS: tl.constexpr,
-    F: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, NATURAL: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, ROW: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """The products of RT tiles, of which `held` are the words, with 256 inputs, added to sums."""
+    """The products of RT tiles with 256 inputs, added to sums; `held` is what was read ahead."""
     SUBS: tl.constexpr = 2 if SPARSE else 4
     WIDTH: tl.constexpr = 256 // SUBS
-    PADDED: tl.constexpr = (K + 255) // 256 * 256 if SPARSE else (K + 63) // 64 * 64
-    GROUPS: tl.constexpr = 1 if GROUP == 0 else (PADDED + GROUP - 1) // GROUP
     PARTS: tl.constexpr = WIDTH // PART if PART < WIDTH else 1
     H: tl.constexpr = 3 if SPARSE else 4
+    EACH: tl.constexpr = H + (256 // PART if GROUP > 0 else 0)
     P: tl.constexpr = 2 if F > 1 else 1
     B: tl.constexpr = WIDTH // 32
     ready = ()
-    if F <= 2:  # there are registers for all of x
-        for s in tl.static_range(SUBS):
-            ready += load_x(x, M, kb, lane, c, s * B, B, F, 0, P, K, CHECK, NATURAL)
+    if ROW:
+        ready = spread(held[RT * EACH], lane)
+    elif F <= 2:
+        ready = held[RT * EACH : RT * EACH + 8 * F]
     part = zeros(R, RT * F if GROUP > 0 and PARTS == 1 else 0)
     for s in tl.static_range(SUBS):
-        start = kb * 256 + s * WIDTH
-        if CHECK:  # of what stands for inputs that are not there, x is zero
-            start = tl.minimum(start, (K - 1) // WIDTH * WIDTH)
         for p in tl.static_range(F // P):
-            if F <= 2:
-                xs = ready[s * B * P : s * B * P + B * P]
+            if F > 2:
+                xs = load_x(x, M, kb, lane, c, s * B, B, F, p * P, P, K, CHECK, FRESH)
+            elif F == 2:
+                xs = ready[s * B : s * B + B] + ready[8 + s * B : 8 + s * B + B]
             else:
-                xs = load_x(x, M, kb, lane, c, s * B, B, F, p * P, P, K, CHECK, NATURAL)
+                xs = ready[s * B : s * B + B]
             for j in tl.static_range(RT):
-                at = scales + tl.minimum(first + j, TILES - 1).to(tl.int64) * (GROUPS * 8)
-                operands = held[j * H + s + 1 : j * H + s + 2] + held[j * H : j * H + 1]
-                if not SPARSE:
-                    operands = held[j * H + s : j * H + s + 1]
+                if SPARSE:
+                    operands = held[j * EACH + s + 1 : j * EACH + s + 2]
+                    operands += held[j * EACH : j * EACH + 1]
+                else:
+                    operands = held[j * EACH + s : j * EACH + s + 1]
                 operands += xs
                 if GROUP == 0:
                     new = sums[j * F + p * P : j * F + p * P + P]
@@ -215,7 +154,7 @@ def turn(
                     new = multiply(new + operands, TEXT0 if s == 0 else TEXT1, KINDS, P)
                     if (s + 1) * WIDTH % PART == 0:
                         old = sums[j * F + p * P : j * F + p * P + P]
-                        factor = load_scale(at, start // GROUP * 8, c)
+                        factor = scale_of(held[j * EACH + H + s * WIDTH // PART], c)
                         new = add_scaled(old, new, factor, 0, P)
                         sums = _replace(sums, new, j * F + p * P, P, RT * F)
                         new = zeros(R, P)
@@ -224,110 +163,187 @@ def turn(
                     pieces = multiply(operands, TEXT0 if s == 0 else TEXT1, KINDS, P * PARTS)
                     for i in tl.static_range(PARTS):
                         old = sums[j * F + p * P : j * F + p * P + P]
-                        factor = load_scale(at, (start + i * PART) // GROUP * 8, c)
+                        factor = scale_of(held[j * EACH + H + s * PARTS + i], c)
                         new = add_scaled(old, pieces, factor, i * P, P)
                         sums = _replace(sums, new, j * F + p * P, P, RT * F)
     return sums
 
 
 @triton.jit
-def accumulate(
-    x, M, words, scales, first, TILES, share,
+def begin(
+    words, scales, first, TILES, kb, c,
+    SPARSE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+    RT: tl.constexpr, NW: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """What the first turns read of a weight, and the scales of its rows if they have one each.
+
+    A launch may do this before the one ahead of it has ended, which is not so for x.
+    """
+    TURNS: tl.constexpr = (K + 256 * NW - 1) // (256 * NW)
+    A: tl.constexpr = AHEAD if AHEAD < TURNS else TURNS
+    out = ()
+    for a in tl.static_range(A):
+        out += load_turn(
+            words, scales, first, TILES, kb + a * NW, c, SPARSE, K, TURNS * NW * 256 != K, GROUP,
+            PART, RT,
+        )  # fmt: skip
+    if GROUP == 0:
+        for j in tl.static_range(RT):
+            tile = tl.minimum(first + j, TILES - 1)
+            out += (tl.load(scales + tile * 8),)
+    return out
+
+
+@triton.jit
+def stream(
+    sums, begun, x, M, words, scales, first, TILES, kb, lane, c,
     SPARSE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
     TEXT0: tl.constexpr, TEXT1: tl.constexpr, KINDS: tl.constexpr,
-    F: tl.constexpr, RT: tl.constexpr, NW: tl.constexpr, SK: tl.constexpr,
-    EARLY: tl.constexpr, NATURAL: tl.constexpr,
+    F: tl.constexpr, RT: tl.constexpr, NW: tl.constexpr, AC: tl.constexpr, AHEAD: tl.constexpr,
+    ROW: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """Sums [32, 4] of RT tiles from `first` on, F for each, over a share of the inputs.
-
-    With EARLY the launch may begin before the one ahead of it has ended, whose results are waited
-    for when the first words are on their way. Words are read a turn ahead, over the loop's end:
-    otherwise the assembler moves what it reads of them behind what needs them.
+    """Sums [32 NW AC, 4] of RT tiles, F for each, with the products of all turns but the last ones;
+    and what was read for those, which `drain` takes.
     """
-    R: tl.constexpr = 32 * NW
-    STEP: tl.constexpr = NW * SK
-    TURNS: tl.constexpr = (K + 256 * STEP - 1) // (256 * STEP)
-    CHECK: tl.constexpr = TURNS * STEP * 256 != K
-    r = tl.arange(0, R)[:, None]
-    c = tl.arange(0, 4)[None, :]
-    lane = r % 32
-    words = words + lane * 4
-    scales = scales + lane // 4
-    kb = share * NW + r // 32
-    sums = zeros(R, RT * F)
-    held = load_words(words, first, TILES, kb, c, SPARSE, K, CHECK, RT)
-    if EARLY:
-        _begin_next()
-        _wait()
-    for _ in range(TURNS - 1):
+    R: tl.constexpr = 32 * NW * AC
+    TURNS: tl.constexpr = (K + 256 * NW - 1) // (256 * NW)
+    CHECK: tl.constexpr = TURNS * NW * 256 != K
+    A: tl.constexpr = AHEAD if AHEAD < TURNS else TURNS
+    REST: tl.constexpr = (TURNS - A) % A
+    N: tl.constexpr = RT * ((3 if SPARSE else 4) + (256 // PART if GROUP > 0 else 0))
+    W: tl.constexpr = N + (1 if ROW else 8 * F if F <= 2 else 0)
+    held = ()
+    for a in tl.static_range(A):
+        held += begun[a * N : a * N + N]
+        held += load_turn_of_x(x, M, kb + a * NW, lane, c, K, CHECK, F, ROW, FRESH)
+    for _ in range((TURNS - A) // A):
+        for a in tl.static_range(A):
+            sums = turn(
+                sums, held[a * W : a * W + W], x, M, kb, lane, c,
+                SPARSE, K, False, GROUP, PART, TEXT0, TEXT1, KINDS, F, R, RT, ROW, FRESH,
+            )  # fmt: skip
+            new = load_turn(
+                words, scales, first, TILES, kb + A * NW, c, SPARSE, K, CHECK, GROUP, PART, RT
+            )
+            new += load_turn_of_x(x, M, kb + A * NW, lane, c, K, CHECK, F, ROW, FRESH)
+            held = _replace(held, new, a * W, W, A * W)
+            kb += NW
+    for a in tl.static_range(REST):
         sums = turn(
-            sums, held, x, M, scales, first, TILES, kb, lane, c,
-            SPARSE, K, False, GROUP, PART, TEXT0, TEXT1, KINDS, F, R, RT, NATURAL,
+            sums, held[a * W : a * W + W], x, M, kb, lane, c,
+            SPARSE, K, False, GROUP, PART, TEXT0, TEXT1, KINDS, F, R, RT, ROW, FRESH,
         )  # fmt: skip
-        kb += STEP
-        held = load_words(words, first, TILES, kb, c, SPARSE, K, CHECK, RT)
-    sums = turn(
-        sums, held, x, M, scales, first, TILES, kb, lane, c,
-        SPARSE, K, CHECK, GROUP, PART, TEXT0, TEXT1, KINDS, F, R, RT, NATURAL,
-    )  # fmt: skip
+        new = load_turn(
+            words, scales, first, TILES, kb + A * NW, c, SPARSE, K, CHECK, GROUP, PART, RT
+        )
+        new += load_turn_of_x(x, M, kb + A * NW, lane, c, K, CHECK, F, ROW, FRESH)
+        held = _replace(held, new, a * W, W, A * W)
+        kb += NW
+    return sums + held[REST * W : A * W] + held[0 : REST * W]
+
+
+@triton.jit
+def drain(
+    sums, streamed, begun, x, M, kb, lane, c,
+    SPARSE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+    TEXT0: tl.constexpr, TEXT1: tl.constexpr, KINDS: tl.constexpr,
+    F: tl.constexpr, RT: tl.constexpr, NW: tl.constexpr, AC: tl.constexpr, AHEAD: tl.constexpr,
+    ROW: tl.constexpr, FRESH: tl.constexpr,
+):  # fmt: skip
+    """What `stream` began with the products of the last turns, scaled and added to sums if all
+    inputs share a scale; otherwise `stream` was given the sums.
+    """
+    R: tl.constexpr = 32 * NW * AC
+    TURNS: tl.constexpr = (K + 256 * NW - 1) // (256 * NW)
+    A: tl.constexpr = AHEAD if AHEAD < TURNS else TURNS
+    N: tl.constexpr = RT * ((3 if SPARSE else 4) + (256 // PART if GROUP > 0 else 0))
+    W: tl.constexpr = N + (1 if ROW else 8 * F if F <= 2 else 0)
+    added = streamed[0 : RT * F]
+    kb += (TURNS - A) * NW
+    for a in tl.static_range(A):
+        added = turn(
+            added, streamed[RT * F + a * W : RT * F + a * W + W], x, M, kb, lane, c,
+            SPARSE, K, TURNS * NW * 256 != K, GROUP, PART, TEXT0, TEXT1, KINDS, F, R, RT, ROW,
+            FRESH,
+        )  # fmt: skip
+        kb += NW
+    if GROUP == 0:
+        for j in tl.static_range(RT):
+            old = sums[j * F : j * F + F]
+            new = add_scaled(old, added, scale_of(begun[A * N + j], c), j * F, F)
+            sums = _replace(sums, new, j * F, F, RT * F)
+    else:
+        sums = added
+    return sums
+
+
+@triton.jit
+def reduce(sums, COUNT: tl.constexpr, NW: tl.constexpr, AC: tl.constexpr, ROW: tl.constexpr):
+    """The sums [32 AC, 4] of all warps that share inputs, and of one row of x those of all columns
+    of a fragment.
+    """
     out = ()
-    for j in tl.static_range(RT * F):
-        out += (tl.sum(tl.reshape(sums[j], (NW, 32, 4)), 0),)
+    for j in tl.static_range(COUNT):
+        total = sums[j]
+        if NW > 1:
+            total = tl.reshape(tl.sum(tl.reshape(total, (AC, NW, 32, 4)), 1), (32 * AC, 4))
+        if ROW:
+            row = tl.sum(tl.sum(tl.reshape(total, (8 * AC, 4, 2, 2)), 3), 1)
+            whole = tl.broadcast_to(row[:, None, :, None], (8 * AC, 4, 2, 2))
+            total = tl.reshape(whole, (32 * AC, 4))
+        out += (total,)
     return out
 
 
 @triton.jit
 def finish(
-    sums, scales, parts, bias, y, M, N, first, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    BIAS: tl.constexpr, F: tl.constexpr, RT: tl.constexpr,
+    sums, bias, y, M, N, first,
+    BIAS: tl.constexpr, F: tl.constexpr, RT: tl.constexpr, AC: tl.constexpr,
 ):  # fmt: skip
-    """Store y [M, N] of RT tiles, scaled unless it is, plus parts [PARTS, M, N] and the bias."""
-    lane = tl.arange(0, 32)[:, None]
+    """Store y [M, N] of RT tiles for each of AC, plus the bias."""
+    r = tl.arange(0, 32 * AC)[:, None]
+    lane = r % 32
     c = tl.arange(0, 4)[None, :]
     for j in tl.static_range(RT):
-        row = (first + j) * 16 + lane // 4 + 8 * (c // 2)
+        row = (first + r // 32 * RT + j) * 16 + lane // 4 + 8 * (c // 2)
         for n in tl.static_range(F):
             column = 8 * n + 2 * (lane % 4) + c % 2
             inside = (row < N) & (column < M)
-            at = column.to(tl.int64) * N + row
             total = sums[j * F + n]
-            if GROUP == 0:
-                tile = tl.minimum(first + j, (N + 15) // 16 - 1)
-                total = total * load_scale(scales + lane // 4, tile * 8, c)
-            for p in tl.static_range(PARTS):
-                total += tl.load(parts + p * M * N + at, inside, 0)
             if BIAS:
                 total += tl.load(bias + row, row < N, 0).to(tl.float32)
-            tl.store(y + at, total.to(y.dtype.element_ty), inside)
+            tl.store(y + column.to(tl.int64) * N + row, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def finish_low(
-    sums, scales, z, M, RANK, first, EACH, GROUP: tl.constexpr, F: tl.constexpr, RT: tl.constexpr,
+    sums, z, M, RANK, first, EACH,
+    F: tl.constexpr, RT: tl.constexpr, AC: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Store RT tiles of x L^T as `launch.arranged` would, EACH rows of L after the other."""
-    lane = tl.arange(0, 32)[:, None]
+    r = tl.arange(0, 32 * AC)[:, None]
+    lane = r % 32
     c = tl.arange(0, 4)[None, :]
     for j in tl.static_range(RT):
-        row = (first + j) * 16 + lane // 4 + 8 * (c // 2)
+        row = (first + r // 32 * RT + j) * 16 + lane // 4 + 8 * (c // 2)
         k = row % EACH
-        at = z + (row // EACH).to(tl.int64) * ((EACH + 31) // 32 * (256 * F))
+        width = (EACH + 31) // 32 * (32 if ROW else 256 * F)
+        at = z + (row // EACH).to(tl.int64) * width
         last = (k // 16 * 16 + 16 >= EACH) & (k % 32 < 16)  # what is left of 32 inputs is zero
         for n in tl.static_range(F):
             column = 8 * n + 2 * (lane % 4) + c % 2
             inside = (row < RANK) & (column < M)
-            total = sums[j * F + n]
-            if GROUP == 0:
-                tile = tl.minimum(first + j, RANK // 16 - 1)
-                total = total * load_scale(scales + lane // 4, tile * 8, c)
-            tl.store(at + _arranged(k, column, F), total.to(z.dtype.element_ty), inside)
-            more = at + _arranged(k + 16, column, F)
-            tl.store(more, tl.zeros_like(total).to(z.dtype.element_ty), inside & last)
+            total = sums[j * F + n].to(z.dtype.element_ty)
+            tl.store(at + _arranged(k, column, F, ROW), total, inside)
+            more = at + _arranged(k + 16, column, F, ROW)
+            tl.store(more, tl.zeros_like(total), inside & last)
 
 
 @triton.jit
-def _arranged(k, m, F: tl.constexpr):
+def _arranged(k, m, F: tl.constexpr, ROW: tl.constexpr):
     """Where input k of row m is, in numbers, as `launch.arranged` leaves x."""
+    if ROW:
+        return k + 0 * m
     w = k // 2
     word = ((w // 16 * F + m // 8) * 32 + m % 8 * 4 + w % 4) * 4 + w % 16 // 4
     return 2 * word + k % 2

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from slimfx.runtime.fragments import Fragments
 from slimfx.runtime.gpu_layout import form_of, lay_out, read_fragments
-from slimfx.runtime.kernels.decode_parts import decode_parts
+from slimfx.runtime.kernels.decode import decode_parts
 from slimfx.runtime.kernels.mma import Split, split_for
 
 from slimfx.bench_check import product_error, sample
@@ -36,18 +36,18 @@ class Row:
 
     layer: str
     M: int
-    split: tuple[int, int, int]
+    split: tuple[int, int, int, int]
     microseconds: float
     chosen: bool
 
 
 def splits(layer: Layer, M: int) -> list[Split]:
-    """With 600 to 9000 warps, which is from a third of what an H100 holds to four times that."""
+    """With 400 to 9000 warps, which is from a quarter of what an H100 holds to four times that."""
     turns, tiles = -(-layer.K // 256), -(-layer.N // 16)
     found = [split_for(layer.N, layer.K, M)]
-    for each, warps, programs in itertools.product((1, 2), (1, 2, 4, 8), (1, 2, 4)):
-        if 600 <= tiles // each * warps * programs <= 9000 and warps * programs <= turns:
-            found.append(Split(each, warps, programs))
+    for each, warps, ahead, across in itertools.product((1, 2), (1, 2, 4, 8), (1, 2, 3), (1, 2)):
+        if 400 <= tiles // each * warps <= 9000 and max(warps, ahead) <= turns:
+            found.append(Split(each, warps, ahead, across))
     return list(dict.fromkeys(found))
 
 
@@ -99,7 +99,7 @@ def measured(device: str, wanted: Sequence[Layer], M: Sequence[int], copies: int
                 y = calls[0]()[:, picked]
                 product_error(f"{split} on {layer}, M={m}", y, wanted_y, LIMIT)
                 time = 1e6 * statistics.median(seconds_of(calls, device))
-                shape = (split.tiles, split.warps, split.programs)
+                shape = (split.tiles, split.warps, split.ahead, split.across)
                 chosen = split == split_for(layer.N, layer.K, m)
                 found.append(Row(str(layer), m, shape, time, chosen))
     return found

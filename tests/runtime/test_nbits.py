@@ -87,3 +87,12 @@ def test_other_tensors_are_refused() -> None:
         matmul_nbits(torch.zeros(2, 64), packed.B, packed.scales[1:], *numbers)
     with pytest.raises(RuntimeError, match="accuracy 2"):
         matmul_nbits(torch.zeros(2, 64), packed.B, packed.scales, *numbers[:4], 2)
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_opcheck(level: int) -> None:
+    stored = matrix(("dense", 4), 20, 64, torch.Generator().manual_seed(0), scales="group")
+    packed = pack_nbits(stored, 64)
+    numbers = (64, 20, packed.bits, packed.block, level)
+    op = torch.ops.slimfx.matmul_nbits.default
+    torch.library.opcheck(op, (torch.randn(3, 64), packed.B, packed.scales, *numbers))

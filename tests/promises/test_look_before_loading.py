@@ -1,0 +1,56 @@
+"""Promise 2: a `.pt2` is looked at before torch reads a byte of it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import compressed
+
+import slimfx
+from slimfx.errors import ArtifactError
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> dict[str, bytes]:
+    """The records of a good file."""
+    slimfx.save(compressed("mlp", "slim"), tmp_path / "good.pt2", verify=False)
+    with zipfile.ZipFile(tmp_path / "good.pt2") as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def pickled(records: dict[str, bytes]) -> None:
+    [name] = (n for n in records if n.endswith("model_weights_config.json"))
+    table = json.loads(records[name])
+    next(iter(table["config"].values()))["use_pickle"] = True
+    records[name] = json.dumps(table).encode()
+
+
+def outside(records: dict[str, bytes]) -> None:
+    records["model/../../outside"] = b"x"
+
+
+def unknown(records: dict[str, bytes]) -> None:
+    records["model/data/run_me.py"] = b"x"
+
+
+@pytest.mark.parametrize("forge", [pickled, outside, unknown])
+def test_look_before_loading(
+    forge: Any, saved: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forge(saved)
+    with zipfile.ZipFile(tmp_path / "forged.pt2", "w") as archive:
+        for name, data in saved.items():
+            archive.writestr(name, data)
+
+    def load(*arguments: object, **named: object) -> None:
+        raise AssertionError("torch reads the file")
+
+    monkeypatch.setattr(torch.export, "load", load)
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ArtifactError, match=r"forged\.pt2"):
+        slimfx.load(tmp_path / "forged.pt2")
