@@ -230,7 +230,7 @@ def launch(x: Tensor, held: Held, gpu: Gpu) -> Tensor:
 
 
 def _decode(x: Tensor, held: Held) -> Tensor:
-    """Up to 16 rows of x on tensor cores."""
+    """Up to 64 rows of x on tensor cores."""
     from slimfx.runtime.kernels.decode import decode, decode_parts  # they need Triton
 
     sizes = held.sizes(x.shape[-1])
