@@ -105,8 +105,9 @@ def _weight_placeholders(program: ExportedProgram) -> dict[str, str]:
 
 
 def storage_key(tensor: torch.Tensor, fqn: str) -> tuple:
-    """Equal for two views of the same elements; a tensor without memory is known by its name."""
-    pointer = tensor.untyped_storage().data_ptr() if tensor.device.type != "meta" else 0
+    """Equal for two views of the same elements; a tensor without elements is known by its name."""
+    storage = tensor.untyped_storage()
+    pointer = storage._cdata if tensor.is_meta else storage.data_ptr()  # both say which memory
     return (pointer or fqn, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def capture(
     dtype: str = "float32",
     kv_cache: bool = False,
     batch: int = 1,
+    weights: bool = True,
 ) -> ExportedProgram:
     """Export a model for compression; the model itself is left as it is.
 
@@ -55,6 +56,8 @@ def capture(
         kv_cache: a program (input_ids [batch, S], cache_position [S]) -> logits that remembers the
             keys and values of `max_length` tokens, for a causal language model.
         batch: rows of that program; without a cache any number goes.
+        weights: False reads none of a folder, whose config.json is enough then; the program's
+            tensors are on the meta device, which `plan` takes, however large the model is.
 
     Raises:
         CaptureError: no such folder, not a model, or torch.export cannot trace it.
@@ -63,11 +66,29 @@ def capture(
     if dtype not in _DTYPES:
         raise CaptureError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     _check_cache(kv_cache, batch, given=example_inputs is not None or dynamic_shapes is not None)
-    if not isinstance(model, nn.Module):
-        manifest = _text_manifest(model)
-        model = _load(model, dtype)
+    if not weights and (kv_cache or isinstance(model, nn.Module)):
+        raise CaptureError(
+            "weights=False is for a folder or hub name without kv_cache, whose cache is tried out"
+        )
+    with nullcontext() if weights else torch.device("meta"):
+        if not isinstance(model, nn.Module):
+            manifest = _text_manifest(model)
+            model = _load(model, dtype, weights)
+        return attach(
+            _captured(model, example_inputs, dynamic_shapes, max_length, kv_cache, batch), manifest
+        )
+
+
+def _captured(
+    model: nn.Module,
+    example_inputs: tuple | Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    max_length: int | None,
+    kv_cache: bool,
+    batch: int,
+) -> ExportedProgram:
     if kv_cache:
-        return attach(_decoder(model, max_length, batch), manifest)
+        return _decoder(model, max_length, batch)
     kwargs: dict[str, Any] = {}
     args: tuple = ()
     if example_inputs is None:
@@ -84,7 +105,7 @@ def capture(
         program = torch.export.export(
             traced, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
-    return attach(drop_unused(program), manifest)
+    return drop_unused(program)
 
 
 def _check_cache(kv_cache: bool, batch: int, *, given: bool) -> None:
@@ -142,7 +163,7 @@ class _FirstOutput(nn.Module):
         self.forward = forward
 
 
-def _load(source: str | Path, dtype: str) -> nn.Module:
+def _load(source: str | Path, dtype: str, weights: bool) -> nn.Module:
     """The folder's own class if it is a causal language model, else the bare model."""
     transformers = need("transformers")
     path = Path(source)
@@ -158,6 +179,8 @@ def _load(source: str | Path, dtype: str) -> nn.Module:
         names = {cls.__name__ for cls in [mapping.get(type(config), None)] if cls is not None}
         causal = bool(names & set(config.architectures or ()))
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        if not weights:
+            return auto.from_config(config, dtype=_DTYPES[dtype]).eval()
         return auto.from_pretrained(source, dtype=_DTYPES[dtype]).eval()
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise CaptureError(f"{source}: not a model that transformers can load ({error})") from error

@@ -102,10 +102,13 @@ def capture(
 def plan(model: Model, recipe: RecipeOption = "joint", as_json: Json = False) -> None:
     """Show what a recipe will do to each linear, and what the file will weigh.
 
+    Of a model folder only config.json is read.
+
     Example: slimfx plan examples/demo_lm --recipe slim-q
     """
     with show.line("plan"):
-        planned = slimfx.plan(_program(model), recipe)
+        program = _program(model) if is_artifact(model) else slimfx.capture(model, weights=False)
+        planned = slimfx.plan(program, recipe)
     totals = {
         name: getattr(planned, name)
         for name in ("bytes_before", "bytes_after", "file_bytes", "bits_per_weight", "peak_memory")

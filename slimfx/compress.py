@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from slimfx import calibrate, data
 from slimfx.calibrate import Walk
+from slimfx.errors import PlanError
 from slimfx.mask_file import check_names, mask_for, read_masks
 from slimfx.methods.masks import keep
 from slimfx.methods.quantized import Quantized
@@ -65,6 +66,8 @@ def compress(
         PlanError, CalibrationError, SolveError: nothing is half done; the message names the layers.
     """
     recipe = Recipe.load(recipe)
+    if any(tensor.is_meta for tensor in program.state_dict.values()):
+        raise PlanError("the program has no weights: capture it without weights=False")
     planned = {row.name: row for row in plan(program, recipe).rows}
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}
     sites = [site for site in find_linears(program) if site.name not in skipped]

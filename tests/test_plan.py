@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from models import (
     KINDS,
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import slimfx
-from slimfx.errors import PlanError
+from slimfx.errors import PlanError, SlimError
 from slimfx.plan import Plan, PlanRow, adapter_layout, layout_of, scale_count
 from slimfx.recipe import Recipe
 from slimfx.steps import Adapter, Inputs, LayerRecipe, Override, Prune, Quantize, Solve, Transform
@@ -406,3 +407,44 @@ def test_the_predicted_file_is_within_two_percent(preset: str, tmp_path: Path) -
     planned = slimfx.plan(demo_lm(), preset)
     assert math.isclose(planned.file_bytes, size, rel_tol=0.02)
     check_bytes(demo_lm(), small, planned)
+
+
+FOLDERS = ("llama", "gpt2", "opt", "bert", "qwen2", "albert")
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_configuration_is_planned_as_its_model_is(kind: str, tmp_path: Path) -> None:
+    model = case(kind).model
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "config").mkdir()
+    name = "config.json"
+    (tmp_path / "config" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    small = slimfx.plan(slimfx.capture(tmp_path / "config", weights=False), RECIPES["slim-q"])
+    whole = slimfx.plan(slimfx.capture(tmp_path / "whole"), RECIPES["slim-q"])
+    assert small.rows == whole.rows
+    assert small.other_bytes == whole.other_bytes
+    assert small.file_bytes == pytest.approx(whole.file_bytes, rel=0.02)
+
+
+def test_a_program_without_weights_is_for_plan_alone(tmp_path: Path) -> None:
+    case("llama").model.config.save_pretrained(tmp_path)
+    program = slimfx.capture(tmp_path, weights=False)
+    with pytest.raises(PlanError, match="has no weights: capture it without weights=False"):
+        slimfx.compress(program, RECIPES["slim"], case("llama").batches)
+    with pytest.raises(SlimError, match="weights=False is for a folder"):
+        slimfx.capture(Wide(), (normal(1, 4, 128),), weights=False)
+    with pytest.raises(SlimError, match="weights=False is for a folder"):
+        slimfx.capture(tmp_path, kv_cache=True, weights=False)
+
+
+def test_a_model_larger_than_any_memory_is_planned(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        **{"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 2},
+        **{"num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256},
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    planned = slimfx.plan(slimfx.capture(tmp_path, weights=False), "slim-q")
+    block = 2 * 16384 * (16384 + 1024) + 3 * 16384 * 53248
+    assert planned.bytes_before == 4 * (2 * (block + 2 * 16384) + 2 * 128256 * 16384 + 16384) + 512
+    assert 3.5 < planned.bits_per_weight < 3.8
