@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import show
+from slimfx.finetune import is_first
 from slimfx.runtime.manifest import manifest_of
 from slimfx.runtime.targets import pt2
 from slimfx.training_text import Training
@@ -65,14 +66,15 @@ def finetune(
     """Train the adapters of a compressed program on text; everything else stays to the bit.
 
     Example: slimfx finetune small.pt2 --data train.txt --text valid.txt -o tuned.pt2
+    On two processors: torchrun --nproc-per-node 2 -m slimfx finetune ...
     """
     began = time.perf_counter()
     pt2.check_target(output, "op")
     how = Training(tokens, seq, accumulate, rate, seed, save_every)
     checkpoints = output.with_name(f"{output.name}.checkpoints")
-    with show.line("finetune") as tell:
+    with show.line("finetune", seen=is_first()) as tell:
         program = slimfx.load(artifact)
-        before = _perplexity(program, text, samples)
+        before = _perplexity(program, text, samples) if is_first() else None
         tuned = slimfx.finetune(
             *(program, data),
             how=how,
@@ -81,6 +83,8 @@ def finetune(
             resume=resume,
             progress=lambda share, what: tell(0.05 + 0.85 * share, what),
         )
+        if not is_first():
+            return
         tell(0.9, "measure")
         after = _perplexity(tuned, text, samples)
         tell(0.95, f"write {output}")

@@ -4,7 +4,8 @@
 
 Adapters of int4 or bfloat16 are rounded in every step as they will be stored, and gradients pass
 the rounding (straight through); Hugging Face's `Trainer` runs Adafactor over them, the rate falling
-linearly to zero. The result is an artifact of the same form.
+linearly to zero. The result is an artifact of the same form. Started by torchrun, processes share
+the windows of each step.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ def finetune(
     """A copy of a compressed program with its adapters trained on a text; every other tensor is the
     same, and so is global random state.
 
+    Processes that torchrun started share each step's windows, and all return the same program;
+    those without GPUs speak by gloo. Windows are rounded up to a multiple of their number.
+
     Args:
         program: as `compress` returns it or `load` reads it (form op), answering with logits.
         source: text or tokens as in `slimfx.data`; None takes the English that comes with Python.
@@ -65,19 +69,20 @@ def finetune(
         SlimError: no adapters, or transformers or accelerate is missing.
     """
     how = how or Training()
-    _check_alone()
+    processes = _processes(how)
     transformers, _ = need("transformers"), need("accelerate")
     trainable, trained = train_adapters(program)
-    batches = training_batches(program, source, how)
+    batches = training_batches(program, source, how, processes)
     taught = None if teacher is None else _teacher(program, teacher)
     trainee = _Trainee(trainable, trained, taught)
     named = {**program.state_dict, **{str(i): b["labels"] for i, b in enumerate(batches)}}
     known = None if taught is None else _digest(taught.state_dict)
-    job = {**asdict(how), "teacher": known, "sha256": _digest(named)}
+    job = {**asdict(how), "teacher": known, "sha256": _digest(named), "processes": processes}
     del job["save_every"]  # which changes nothing of the result
     with tempfile.TemporaryDirectory() as scratch, _random_state():
         folder = _folder(checkpoints, job, resume)
-        runs = _Run(transformers, trainee, how, folder or Path(scratch), folder is not None)
+        where = folder or Path(scratch)
+        runs = _Run(transformers, trainee, how, where, folder is not None, processes)
         losses = runs.train(batches, _last_checkpoint(folder), progress)
     values = {each.parameter: trainable.state_dict[each.parameter].detach() for each in trained}
     result = put_back(program, trained, values)
@@ -104,14 +109,25 @@ def _teacher(program: ExportedProgram, teacher: ExportedProgram | str | Path) ->
     return teacher
 
 
-def _check_alone() -> None:
-    """One process on one device: the trainer would split what makes a step among several."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1" or torch.cuda.device_count() > 1:
+def _processes(how: Training) -> int:
+    """How many processes train together, as torchrun says it."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if how.accumulate % processes:
         raise FinetuneError(
-            f"{processes} processes and {torch.cuda.device_count()} GPUs: fine-tuning runs in one "
-            f"process on one device; start it without torchrun, CUDA_VISIBLE_DEVICES set to one GPU"
+            f"{processes} processes share {how.accumulate} windows a step, which they do not "
+            f"divide; set accumulate to a multiple of {processes}"
         )
+    if processes == 1 and torch.cuda.device_count() > 1:
+        raise FinetuneError(
+            f"{torch.cuda.device_count()} GPUs and one process, which trains on one: start "
+            f"torchrun with a process for each, or set CUDA_VISIBLE_DEVICES"
+        )
+    return processes
+
+
+def is_first() -> bool:
+    """Is this the process that writes, of those that torchrun started?"""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _NotFinite(ArithmeticError):
@@ -177,12 +193,14 @@ class _Run:
     how: Training
     folder: Path
     saves: bool
+    processes: int
 
     def train(
         self, batches: list[Batch], start: Path | None, progress: Progress | None
     ) -> list[float]:
         """Train in place, and return the loss of each step."""
         hf, parameters = self.transformers, list(self.trainee.parameters())
+        count = len(batches) // self.processes
         trainer = hf.Trainer(
             model=self.trainee,
             args=self._arguments(parameters[0].device),
@@ -197,7 +215,7 @@ class _Run:
                 ),
                 None,
             ),
-            callbacks=[_watch(hf.TrainerCallback, parameters, len(batches), progress)],
+            callbacks=[_watch(hf.TrainerCallback, parameters, count, progress)],
         )
         trainer.remove_callback(hf.PrinterCallback)
         try:
@@ -215,13 +233,14 @@ class _Run:
         return self.transformers.TrainingArguments(
             output_dir=str(self.folder),
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=self.how.accumulate,
+            gradient_accumulation_steps=self.how.accumulate // self.processes,
             num_train_epochs=1,
             learning_rate=self.how.rate,
             lr_scheduler_type="linear",
             train_sampling_strategy="sequential",
             seed=self.how.seed,
             use_cpu=not on_cuda,
+            ddp_backend=None if self.processes == 1 else "nccl" if on_cuda else "gloo",
             bf16=on_cuda and torch.cuda.is_bf16_supported(),
             save_strategy="steps" if self.saves else "no",
             save_steps=self.how.save_every,
@@ -268,6 +287,8 @@ def _folder(given: str | Path | None, job: Mapping[str, Any], resume: bool) -> P
             raise FinetuneError("resume needs the folder of the checkpoints")
         return None
     folder = Path(given)
+    if not is_first():
+        return folder
     found = folder / _JOB
     if found.exists():
         if not resume:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 
 @contextmanager
-def line(what: str) -> Iterator[Callable[[float, str], None]]:
+def line(what: str, *, seen: bool = True) -> Iterator[Callable[[float, str], None]]:
     """One progress line for the whole command, with the time that is left, on standard error."""
     with bar.Progress(
         bar.TextColumn("{task.description}"),
@@ -24,6 +24,7 @@ def line(what: str) -> Iterator[Callable[[float, str], None]]:
         bar.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not seen,
     ) as shown:
         task = shown.add_task(what, total=1.0)
         yield lambda share, part: shown.update(task, completed=share, description=f"{what} {part}")

@@ -52,8 +52,11 @@ class Training:
             raise FinetuneError(f"rate is {self.rate}, not between 0 and 1")
 
 
-def training_batches(program: ExportedProgram, source: Any, how: Training) -> list[Batch]:
-    """Windows in the order they are trained on, or padded documents, with their labels.
+def training_batches(
+    program: ExportedProgram, source: Any, how: Training, processes: int = 1
+) -> list[Batch]:
+    """Windows in the order they are trained on, or padded documents, with their labels; a multiple
+    of `processes` of them, for which the first are taken twice.
 
     Raises:
         FinetuneError: no language model, too little text, or tokens the program does not know.
@@ -76,7 +79,7 @@ def training_batches(program: ExportedProgram, source: Any, how: Training) -> li
             f"the text has token {largest} and the program knows {known}: it is of another "
             f"tokenizer; capture the model from the folder of its own"
         )
-    return found
+    return found + found[: -len(found) % processes]
 
 
 def _windows(

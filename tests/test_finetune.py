@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -48,6 +49,18 @@ QUICK = Training(tokens=16 * 32, length=32, accumulate=4, rate=0.05, save_every=
 def with_tokenizer(program: ExportedProgram) -> ExportedProgram:
     """A copy that knows the words of the tiny vocabulary."""
     return attach(edit(program).finish(), Manifest(tokenizer=word_tokenizer()))
+
+
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def printed(command: list[Any]) -> str:
+    """What a command prints, each of its processes on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [str(word) for word in command]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def figures(program: ExportedProgram) -> dict[str, Any]:
@@ -191,9 +204,30 @@ def test_a_program_without_adapters_is_refused() -> None:
         slimfx.finetune(compressed("llama", "wanda"), TEXT, how=QUICK)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(FinetuneError, match=r"2 processes .* in one process on one device"):
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    program = with_tokenizer(compressed("llama", "slim-q"))
+    small, text = tmp_path / "small.pt2", tmp_path / "text.txt"
+    slimfx.save(program, small)
+    text.write_text(" ".join(f"w{token}" for token in TEXT.tolist()))
+    options = ["--data", text, "--tokens", 512, "--seq", 32, "--accumulate", 4, "--json"]
+    found: list[dict[str, Any]] = []
+    for start in (["-m", "slimfx"], [*TWO, "-m", "slimfx"]):
+        tuned = tmp_path / f"tuned{len(found)}.pt2"
+        command = [sys.executable, *start, "finetune", small, "-o", tuned, *options]
+        found.append(json.loads(printed(command)))
+        assert not tuned.with_name(f"{tuned.name}.checkpoints").exists()
+    one, two = (slimfx.load(each["file"]) for each in found)
+    assert found[0]["steps"] == found[1]["steps"] == 4
+    assert found[0]["loss_last"] == pytest.approx(found[1]["loss_last"], rel=1e-4)
+    tokens = ids(3, 2, 32) % 90
+    logits = [each.module()(input_ids=tokens) for each in (program, one, two)]
+    moved = (logits[1] - logits[0]).abs().max()
+    assert (logits[1] - logits[2]).abs().max() < 0.02 * moved
+
+
+def test_processes_that_do_not_divide_a_step_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(FinetuneError, match=r"3 processes share 4 windows a step"):
         slimfx.finetune(compressed("llama", "slim-q"), TEXT, how=QUICK)
 
 

@@ -1,0 +1,5 @@
+"""`python -m slimfx`, which torchrun needs."""
+
+from slimfx.cli import main
+
+main()
