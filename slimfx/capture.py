@@ -18,7 +18,9 @@ from torch.export import Dim, ExportedProgram
 
 from slimfx.cache import Decoder, check_decoder, check_model, decoder_inputs
 from slimfx.errors import CaptureError, need
+from slimfx.experts import routed_experts
 from slimfx.passes.drop_unused import drop_unused
+from slimfx.passes.split_experts import split_experts
 from slimfx.runtime.manifest import Manifest, attach
 
 _LONGEST_BATCH = 1024
@@ -105,7 +107,7 @@ def _captured(
         program = torch.export.export(
             traced, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
-    return drop_unused(program)
+    return split_experts(drop_unused(program))
 
 
 def _check_cache(kv_cache: bool, batch: int, *, given: bool) -> None:
@@ -141,7 +143,7 @@ def _decoder(model: nn.Module, max_length: int | None, batch: int) -> ExportedPr
         program = torch.export.export(
             decoder, (), kwargs=inputs, dynamic_shapes=shapes, strict=False
         )
-    return drop_unused(program)
+    return split_experts(drop_unused(program))
 
 
 class _FirstOutput(nn.Module):
@@ -267,7 +269,7 @@ def _tracing(model: nn.Module):  # type: ignore[no-untyped-def]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), routed_experts(model):
             yield
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise CaptureError(f"torch.export cannot trace {type(model).__name__}: {error}") from error

@@ -23,6 +23,7 @@ from slimfx.passes.cut_blocks import Block, cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.observe_inputs import observe_inputs
 from slimfx.passes.replace_linears import replace_linears
+from slimfx.passes.round_embeddings import round_embeddings
 from slimfx.plan import PlanRow, adapter_layout, layout_of, plan
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
@@ -84,6 +85,8 @@ def compress(
             packed[site.name] = pack(solution, layers[site.name], _bias(program, site))
             reports.append(_report(planned[site.name], solution, tokens))
     compressed = replace_linears(program, sites, packed)
+    if recipe.embeddings is not None:
+        compressed = round_embeddings(compressed)
     return attach(compressed, _manifest(program, recipe, batches, reports, skipped))
 
 

@@ -16,6 +16,7 @@ from slimfx.errors import PlanError
 from slimfx.methods.masks import NofM
 from slimfx.passes.base import input_specs, lifted_tensor
 from slimfx.passes.find_linears import Site, find_linears, storage_key
+from slimfx.passes.round_embeddings import float32_tables
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import manifest_of
 from slimfx.runtime.pack import FLOAT_BITS, Layout, fits_24
@@ -57,7 +58,9 @@ class Plan:
 
     rows: tuple[PlanRow, ...]
     other_bytes: int
-    """Embeddings, norms, biases and constants, which stay."""
+    """Embeddings, norms, biases and constants."""
+    saved_bytes: int
+    """Of those, what embeddings in bfloat16 save."""
     overhead_bytes: int
     """Graph, manifest, tokenizer and golden inputs, about."""
     peak_memory: int
@@ -71,7 +74,7 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         """All tensors of the compressed program."""
-        return sum(row.bytes_after for row in self.rows) + self.other_bytes
+        return sum(row.bytes_after for row in self.rows) + self.other_bytes - self.saved_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -96,20 +99,39 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     recipe = Recipe.load(recipe)
     sites = find_linears(program)
     _refuse_problems(sites, recipe)
+    tables = _tables(program, recipe)
     rows = tuple(_row(site, recipe.for_layer(site.name)) for site in sites)
     compressed = {site.fqn for site, row in zip(sites, rows, strict=True) if not row.skipped}
     linears = {storage_key(program.state_dict[s.fqn], s.fqn) for s in sites}
     other = sum(_nbytes(tensor) for key, tensor in _storages(program).items() if key not in linears)
+    halved = sum(_nbytes(program.state_dict[fqn]) // 2 for fqn in tables)
     dense = [4 * s.out_features * s.in_features for s in sites if s.fqn in compressed]
-    total = sum(row.bytes_after for row in rows) + other
+    total = sum(row.bytes_after for row in rows) + other - halved
     return Plan(
         rows=rows,
         other_bytes=other,
+        saved_bytes=halved,
         overhead_bytes=_overhead(program, rows),
         peak_memory=sum(map(_nbytes, _storages(program).values()))
         + total
         + 6 * max(dense, default=0),
     )
+
+
+def _tables(program: ExportedProgram, recipe: Recipe) -> list[str]:
+    """The embeddings that the recipe stores in fewer bytes."""
+    if recipe.embeddings is None:
+        return []
+    tables = float32_tables(program)
+    problems = [
+        f"{fqn}: embeddings: {recipe.embeddings} does not fit a table that is also read by "
+        f"{', '.join(others)} (tied); set embeddings: null, or untie the weights before export"
+        for fqn, others in tables.items()
+        if others
+    ]
+    if problems:
+        raise PlanError("\n".join(problems))
+    return list(tables)
 
 
 def _row(site: Site, how: LayerRecipe | None) -> PlanRow:

@@ -68,6 +68,8 @@ class Recipe:
     inputs: Inputs | None = None
     tune: Tune | None = None
     """For whole blocks, so that no override changes it."""
+    embeddings: str | None = None
+    """The dtype that float32 tables are stored in, bfloat16; null leaves them as they are."""
     calibration: Calibration = field(default_factory=Calibration)
     skip: tuple[str, ...] = ("lm_head",)
     """Patterns of layers to leave as they are (see `matches`)."""
@@ -75,6 +77,7 @@ class Recipe:
     """The last matching one wins, key by key."""
 
     def __post_init__(self) -> None:
+        one_of("embeddings", self.embeddings, (None, "bfloat16"))
         plain = together = self._layer()
         for override in self.overrides:
             try:

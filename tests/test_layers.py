@@ -29,7 +29,7 @@ OPTIONAL = (
 )
 TERMINAL = {
     *("cli.py", "cli_bench.py", "cli_bench_kernels.py", "cli_bench_model.py", "cli_export.py"),
-    *("cli_finetune.py", "show.py"),
+    *("cli_finetune.py", "__main__.py", "show.py"),
 }
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.jit")
 

@@ -16,13 +16,16 @@ from models import (
     RECIPES,
     SOLVED,
     Chain,
+    answer,
     bits,
     captured,
     case,
     compressed,
     compressed_demo_lm,
     demo_lm,
+    ids,
     normal,
+    tiny_llama,
 )
 from slimfx.runtime.manifest import manifest_of
 from torch import Tensor, nn
@@ -448,3 +451,30 @@ def test_a_model_larger_than_any_memory_is_planned(tmp_path: Path) -> None:
     block = 2 * 16384 * (16384 + 1024) + 3 * 16384 * 53248
     assert planned.bytes_before == 4 * (2 * (block + 2 * 16384) + 2 * 128256 * 16384 + 16384) + 512
     assert 3.5 < planned.bits_per_weight < 3.8
+
+
+def test_embeddings_in_bfloat16_halve_the_table_to_the_byte() -> None:
+    program, recipe = (
+        captured("llama"),
+        dataclasses.replace(RECIPES["slim-q"], embeddings="bfloat16"),
+    )
+    table = program.state_dict["model.model.embed_tokens.weight"]
+    before, after = slimfx.plan(program, RECIPES["slim-q"]), slimfx.plan(program, recipe)
+    assert before.bytes_after - after.bytes_after == after.saved_bytes == table.nbytes // 2
+    small = slimfx.compress(program, recipe, ids(1, 4, 16))
+    plain = slimfx.compress(program, RECIPES["slim-q"], ids(1, 4, 16))
+    held = [sum(t.nbytes for t in p.state_dict.values()) for p in (plain, small)]
+    assert held[0] - held[1] == after.saved_bytes
+    x = {"input_ids": ids(2, 2, 9)}
+    torch.testing.assert_close(
+        answer(small.module(), x), answer(plain.module(), x), rtol=0.05, atol=0.05
+    )
+
+
+def test_a_table_that_is_tied_to_the_head_is_not_rounded() -> None:
+    program = slimfx.capture(tiny_llama(tie_word_embeddings=True).eval())
+    said = (
+        r"embed_tokens.weight: embeddings: bfloat16 .* read by linear_14 \(tied\); set embeddings"
+    )
+    with pytest.raises(PlanError, match=said):
+        slimfx.plan(program, Recipe(embeddings="bfloat16"))
