@@ -1,6 +1,6 @@
 """Store embedding tables in bfloat16; what is looked up is made float32 again.
 
-    y = embedding(table, ids)        becomes        y = to(embedding(bfloat16(table), ids), float32)
+y = embedding(table, ids)        becomes        y = to(embedding(bfloat16(table), ids), float32)
 """
 
 from __future__ import annotations

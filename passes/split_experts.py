@@ -1,6 +1,6 @@
 """Give every expert of a stack a parameter of its own.
 
-    linear(x, select(W, 0, 3))   W [experts, N, K]       becomes       linear(x, W.3)   W.3 [N, K]
+linear(x, select(W, 0, 3))   W [experts, N, K]       becomes       linear(x, W.3)   W.3 [N, K]
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def _selects(node: Node) -> bool:
     """select(stack, 0, number)"""
     if node.target is not aten.select.int:
         return False
-    return node.args[1] == 0 and isinstance(node.args[2], int) and node.args[2] >= 0
+    dim, index = node.args[1:]
+    return bool(dim == 0 and isinstance(index, int) and index >= 0)
 
 
 def _split(change: Edit, spec: InputSpec, stack: Node) -> None:

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from slimfx.errors import CalibrationError
-from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
+from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge, unreached_stats
 from slimfx.passes.base import input_specs, lifted_tensor, written_nodes
 from slimfx.passes.cut_blocks import Block
 from slimfx.passes.find_linears import storage_key
@@ -67,10 +67,11 @@ def observe(
 ) -> dict[str, Stats]:
     """Run a block as it is and return the statistics of each site in it.
 
-    `covariance` names the sites whose statistics need X^T X.
+    `covariance` names the sites whose statistics need X^T X. Those of a site that no token reached
+    say so, and take all its inputs alike.
 
     Raises:
-        CalibrationError: an input is NaN or infinite, or nothing reached a layer; names the layer.
+        CalibrationError: an input is NaN or infinite; names the layer.
     """
     stats: dict[Node, Stats] = {}
     watches = {watch.node: watch for watch in watched}
@@ -90,7 +91,9 @@ def observe(
         for name in watches[node].sites:
             _check(name, found)
             sites[name] = merge(sites[name], found) if name in sites else found
-    return sites
+    return {
+        name: found if found.tokens else unreached_stats(found) for name, found in sites.items()
+    }
 
 
 @torch.no_grad()
@@ -178,10 +181,6 @@ def _rows(x: Tensor, mask: Tensor | None, alignment: str) -> Tensor:
 
 
 def _check(name: str, stats: Stats) -> None:
-    if stats.tokens == 0:
-        raise CalibrationError(
-            f"{name}: no calibration token reached it; give more data or add it to skip"
-        )
     if not (stats.square_sum.isfinite().all() and stats.peak.isfinite().all()):
         channels = int((~stats.peak.isfinite()).sum())
         raise CalibrationError(

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from slimfx import calibrate, data
 from slimfx.calibrate import Walk
-from slimfx.errors import PlanError
+from slimfx.errors import CalibrationError, PlanError
 from slimfx.mask_file import check_names, mask_for, read_masks
 from slimfx.methods.masks import keep
 from slimfx.methods.quantized import Quantized
@@ -116,10 +116,13 @@ def _solutions(job: _Job, walk: Walk, tell: Progress) -> Iterator[tuple[Site, So
     last = max(i for i, block in enumerate(blocks) if block.sites)
     sizes = {site.name: site.out_features * site.in_features for site in job.sites}
     total, done = sum(sizes.values()), 0
+    missed: list[str] = []
     for block in blocks[: last + 1]:
         tell(done / total, block.name or "model")
         watched = observe_inputs(program, block.sites, set(block.nodes))
         stats = calibrate.observe(walk, block, watched, full) if watched else {}
+        missed += [site.name for site in block.sites if stats[site.name].tokens == 0]
+        _check_coverage(missed, len(job.sites), job.recipe.calibration.min_coverage)
         solved: dict[str, Solution] = {}
         for site in block.sites:
             solved[site.name] = solve(
@@ -138,6 +141,16 @@ def _solutions(job: _Job, walk: Walk, tell: Progress) -> Iterator[tuple[Site, So
             yield site, solved[site.name], stats[site.name].tokens
         if block is not blocks[last]:
             walk = calibrate.advance(walk, block, weights)
+
+
+def _check_coverage(missed: list[str], layers: int, least: float) -> None:
+    """Refuse when tokens have missed more layers than the recipe allows."""
+    if 1 - len(missed) / layers < least:
+        more = f" ({len(missed)} of {layers} layers so far)" if len(missed) > 1 else ""
+        raise CalibrationError(
+            f"{missed[-1]}: no calibration token reached it{more}; give more data, add it to skip, "
+            f"or lower calibration.min_coverage ({least}), for it to take all inputs alike"
+        )
 
 
 def _tuned(
@@ -286,7 +299,11 @@ def _manifest(
         recipe=recipe.to_dict(),
         layers=tuple(reports),
         skipped=skipped,
-        calibration={"batches": len(batches), "sha256": data.digest(program, batches)},
+        calibration={
+            "batches": len(batches),
+            "sha256": data.digest(program, batches),
+            "coverage": sum(report.tokens > 0 for report in reports) / len(reports),
+        },
         versions={
             "slimfx": version("slimfx"),
             "torch": torch.__version__,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from slimfx.errors import need
+
 _NAME = "slimfx_routed"
 
 
@@ -56,9 +58,7 @@ def routed_experts(model: nn.Module) -> Iterator[None]:
     if own is None or not any(hasattr(module, "_apply_gate") for module in model.modules()):
         yield
         return
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(_NAME, routed)
+    need("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS.register(_NAME, routed)
     model.set_experts_implementation(_NAME)  # type: ignore[operator]
     try:
         yield

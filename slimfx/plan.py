@@ -137,8 +137,9 @@ def _tables(program: ExportedProgram, recipe: Recipe) -> list[str]:
 def _row(site: Site, how: LayerRecipe | None) -> PlanRow:
     N, K = site.out_features, site.in_features
     before = N * K * site.dtype.itemsize
-    if how is None:
-        return PlanRow(site.name, N, K, "-", "dense", 0, 0, before, before, "skipped by the recipe")
+    if how is None or site.routes:
+        why = "topk chooses among its answers" if site.routes else "skipped by the recipe"
+        return PlanRow(site.name, N, K, "-", "dense", 0, 0, before, before, why)
     layout = layout_of(how)
     kept = N * K if how.pattern is None else how.pattern.kept(N, K)
     scales = 0 if how.quantize is None else scale_count(N, K, how.quantize)
@@ -209,7 +210,7 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
     problems = [
         (site.name, problem)
         for site in sites
-        if (how := recipe.for_layer(site.name)) is not None
+        if (how := recipe.for_layer(site.name)) is not None and not site.routes
         for problem in _problems(site, how)
     ]
     if not any(recipe.for_layer(site.name) for site in sites):
