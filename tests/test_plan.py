@@ -38,6 +38,9 @@ from slimfx.recipe import Recipe
 from slimfx.steps import Adapter, Inputs, LayerRecipe, Override, Prune, Quantize, Solve, Transform
 
 
+README = Path(__file__).parents[1] / "README.md"
+
+
 class Wide(nn.Module):
     """Layers of three shapes; the inputs are multiples of 128, the usual group."""
 
@@ -478,3 +481,27 @@ def test_a_table_that_is_tied_to_the_head_is_not_rounded() -> None:
     )
     with pytest.raises(PlanError, match=said):
         slimfx.plan(program, Recipe(embeddings="bfloat16"))
+
+
+EVERYTHING = """
+preset: slim-q
+embeddings: bfloat16
+skip: []
+overrides:
+- {match: lm_head, prune: null, adapter: null,
+   quantize: {method: absmax, bits: 8, granularity: channel}}
+"""
+"""Of the README: the head in eight bits and the table in bfloat16."""
+
+
+def test_a_model_compressed_to_its_ends_answers_nearly_as_with_a_float_head() -> None:
+    assert EVERYTHING.strip().replace("\n", "\n    ") in README.read_text(encoding="utf-8")
+    recipe, program = Recipe.from_yaml(EVERYTHING), captured("llama")
+    small = slimfx.compress(program, recipe, ids(1, 4, 16))
+    head = next(row for row in manifest_of(small).layers if row.name == "model.lm_head")
+    assert (head.layout, head.rank) == ("int8", 0)
+    x = {"input_ids": ids(2, 2, 9)}
+    plain = slimfx.compress(program, RECIPES["slim-q"], ids(1, 4, 16))
+    torch.testing.assert_close(
+        answer(small.module(), x), answer(plain.module(), x), rtol=0.05, atol=0.05
+    )
