@@ -37,7 +37,6 @@ from slimfx.plan import Plan, PlanRow, adapter_layout, layout_of, scale_count
 from slimfx.recipe import Recipe
 from slimfx.steps import Adapter, Inputs, LayerRecipe, Override, Prune, Quantize, Solve, Transform
 
-
 README = Path(__file__).parents[1] / "README.md"
 
 
