@@ -16,15 +16,16 @@ from slimfx import calibrate, data
 from slimfx.calibrate import Walk
 from slimfx.errors import CalibrationError, PlanError
 from slimfx.mask_file import check_names, mask_for, read_masks
+from slimfx.methods.absmax import absmax
 from slimfx.methods.masks import keep
-from slimfx.methods.quantized import Quantized
+from slimfx.methods.quantized import Quantized, quantize
 from slimfx.methods.stats import Stats
 from slimfx.passes.cut_blocks import Block, cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.observe_inputs import observe_inputs
 from slimfx.passes.replace_linears import replace_linears
-from slimfx.passes.round_embeddings import round_embeddings
-from slimfx.plan import PlanRow, adapter_layout, layout_of, plan
+from slimfx.passes.replace_tables import replace_tables
+from slimfx.plan import PlanRow, adapter_layout, layout_of, plan, tables_to_replace
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
 from slimfx.runtime.pack import (
@@ -85,8 +86,7 @@ def compress(
             packed[site.name] = pack(solution, layers[site.name], _bias(program, site))
             reports.append(_report(planned[site.name], solution, tokens))
     compressed = replace_linears(program, sites, packed)
-    if recipe.embeddings is not None:
-        compressed = round_embeddings(compressed)
+    compressed = replace_tables(compressed, _tables(program, recipe))
     return attach(compressed, _manifest(program, recipe, batches, reports, skipped))
 
 
@@ -220,6 +220,20 @@ def pack(solution: Solution, how: LayerRecipe, bias: Tensor | None = None) -> Pa
         bias=shifted,
         fp8=how.inputs is not None,
     )
+
+
+def _tables(program: ExportedProgram, recipe: Recipe) -> dict[str, PackedDense | Tensor]:
+    """The embeddings as they are stored."""
+    found: dict[str, PackedDense | Tensor] = {}
+    for table in tables_to_replace(program, recipe):
+        weight = program.state_dict[table.fqn].detach()
+        if recipe.embeddings == FLOAT_BITS:
+            found[table.fqn] = weight.to(torch.bfloat16)
+            continue
+        scale, width = absmax(weight, bits=8, granularity="channel", group=1), table.shape[1]
+        coded = quantize(weight, scale, group=width, bits=8)
+        found[table.fqn] = PackedDense(pack_codes(coded.codes, 8), coded.scale, 8, width)
+    return found
 
 
 def _pack_adapter(matrix: Quantized | Tensor, layout: Layout) -> PackedMatrix | Tensor:

@@ -16,7 +16,7 @@ from slimfx.errors import PlanError
 from slimfx.methods.masks import NofM
 from slimfx.passes.base import input_specs, lifted_tensor
 from slimfx.passes.find_linears import Site, find_linears, storage_key
-from slimfx.passes.round_embeddings import float32_tables
+from slimfx.passes.replace_tables import Table, find_tables
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import manifest_of
 from slimfx.runtime.pack import FLOAT_BITS, Layout, fits_24
@@ -60,7 +60,7 @@ class Plan:
     other_bytes: int
     """Embeddings, norms, biases and constants."""
     saved_bytes: int
-    """Of those, what embeddings in bfloat16 save."""
+    """Of those, what embeddings in fewer bits save."""
     overhead_bytes: int
     """Graph, manifest, tokenizer and golden inputs, about."""
     peak_memory: int
@@ -99,18 +99,27 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     recipe = Recipe.load(recipe)
     sites = find_linears(program)
     _refuse_problems(sites, recipe)
-    tables = _tables(program, recipe)
-    rows = tuple(_row(site, recipe.for_layer(site.name)) for site in sites)
+    tables = {table.fqn: table for table in tables_to_replace(program, recipe)}
+    rows = tuple(
+        _head_row(site, tables[site.fqn])
+        if site.fqn in tables
+        else _row(site, recipe.for_layer(site.name))
+        for site in sites
+    )
     compressed = {site.fqn for site, row in zip(sites, rows, strict=True) if not row.skipped}
     linears = {storage_key(program.state_dict[s.fqn], s.fqn) for s in sites}
     other = sum(_nbytes(tensor) for key, tensor in _storages(program).items() if key not in linears)
-    halved = sum(_nbytes(program.state_dict[fqn]) // 2 for fqn in tables)
+    saved = sum(
+        _nbytes(program.state_dict[fqn]) - table_bytes(table, recipe.embeddings or 0)
+        for fqn, table in tables.items()
+        if not table.heads
+    )
     dense = [4 * s.out_features * s.in_features for s in sites if s.fqn in compressed]
-    total = sum(row.bytes_after for row in rows) + other - halved
+    total = sum(row.bytes_after for row in rows) + other - saved
     return Plan(
         rows=rows,
         other_bytes=other,
-        saved_bytes=halved,
+        saved_bytes=saved,
         overhead_bytes=_overhead(program, rows),
         peak_memory=sum(map(_nbytes, _storages(program).values()))
         + total
@@ -118,20 +127,41 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     )
 
 
-def _tables(program: ExportedProgram, recipe: Recipe) -> list[str]:
-    """The embeddings that the recipe stores in fewer bytes."""
-    if recipe.embeddings is None:
-        return []
-    tables = float32_tables(program)
-    problems = [
-        f"{fqn}: embeddings: {recipe.embeddings} does not fit a table that is also read by "
-        f"{', '.join(others)} (tied); set embeddings: null, or untie the weights before export"
-        for fqn, others in tables.items()
-        if others
-    ]
+def tables_to_replace(program: ExportedProgram, recipe: Recipe) -> list[Table]:
+    """The embeddings that the recipe stores in fewer bits.
+
+    Raises:
+        PlanError: something reads one that can read nothing but floats.
+    """
+    bits, problems, found = recipe.embeddings, [], []
+    for table in find_tables(program) if bits is not None else []:
+        others = (*table.others, *(table.heads if bits == FLOAT_BITS else ()))
+        if others:
+            problems.append(
+                f"{table.fqn}: embeddings: {bits} does not fit a table that {', '.join(others)} "
+                f"reads, too; set embeddings: {'8' if not table.others else 'null'}"
+            )
+        if table.dtype.itemsize * 8 > bits:  # type: ignore[operator]
+            found.append(table)
     if problems:
         raise PlanError("\n".join(problems))
-    return list(tables)
+    return found
+
+
+def table_bytes(table: Table, bits: int) -> int:
+    """What a table takes: bfloat16, or codes with a bfloat16 scale for each row."""
+    rows, width = table.shape
+    return rows * (2 * width if bits == FLOAT_BITS else width + 2)
+
+
+def _head_row(site: Site, table: Table) -> PlanRow:
+    """A head that multiplies with the codes of the embeddings."""
+    N, K = site.out_features, site.in_features
+    before, after = N * K * site.dtype.itemsize, table_bytes(table, 8)
+    return PlanRow(
+        *(site.name, N, K, "absmax 8 bit", "int8", 0, 0, before, after),
+        "tied to the embeddings, in eight bits",
+    )
 
 
 def _row(site: Site, how: LayerRecipe | None) -> PlanRow:

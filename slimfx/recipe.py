@@ -75,8 +75,9 @@ class Recipe:
     inputs: Inputs | None = None
     tune: Tune | None = None
     """For whole blocks, so that no override changes it."""
-    embeddings: str | None = None
-    """The dtype that float32 tables are stored in, bfloat16; null leaves them as they are."""
+    embeddings: int | None = None
+    """Bits of the embedding tables: 16 is bfloat16, 8 codes with a scale for each row, which a head
+    tied to the table multiplies with, too; null leaves them as they are."""
     calibration: Calibration = field(default_factory=Calibration)
     skip: tuple[str, ...] = ("lm_head",)
     """Patterns of layers to leave as they are (see `matches`)."""
@@ -84,7 +85,7 @@ class Recipe:
     """The last matching one wins, key by key."""
 
     def __post_init__(self) -> None:
-        one_of("embeddings", self.embeddings, (None, "bfloat16"))
+        one_of("embeddings", self.embeddings, (None, 8, 16))
         plain = together = self._layer()
         for override in self.overrides:
             try:
