@@ -96,7 +96,8 @@ def _look_up_in_lanes(rows: Node, data: Node, K: int) -> None:
     them once: byte k % 4 of a lane's word k // 4, sixteen lanes side by side (`interleave`).
     """
     graph = rows.graph
-    (ids,) = rows.args[1]  # type: ignore[misc]
+    indices: Any = rows.args[1]
+    ids = indices[0]
     with graph.inserting_before(rows):
 
         def made(op: Any, *args: Any) -> Node:
