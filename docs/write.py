@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import typer
+from slimfx.runtime.select import Form, Gpu, Layer, stretches
 from torch import nn
 
 import slimfx
 from slimfx.cli import app
 from slimfx.export import TARGETS
 from slimfx.recipe import PRESETS
-from slimfx.runtime.select import Form, Gpu, Layer, stretches
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "examples" / "results"
@@ -58,7 +58,7 @@ def commands() -> str:
 
 
 def leaves() -> Iterator[tuple[str, Any]]:
-    """"compress", "bench kernels", ... with the command each one is."""
+    """ "compress", "bench kernels", ... with the command each one is."""
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         inner = getattr(command, "commands", None)
         if inner is None:
@@ -68,7 +68,7 @@ def leaves() -> Iterator[tuple[str, Any]]:
 
 
 def _command(name: str, command: Any) -> str:
-    what, _, example = command.help.partition("Example: ")
+    what, example, more = told(command)
     rows = []
     for parameter in command.params:
         if "--help" in parameter.opts:
@@ -77,8 +77,15 @@ def _command(name: str, command: Any) -> str:
         if not parameter.opts[0].startswith("-"):
             option = f"`{parameter.name.upper()}`"
         rows.append((option, _default(parameter), parameter.help or ""))
-    arguments = table(("", "default", "what it is"), rows)
-    return f"## slimfx {name}\n\n{what.strip()}\n\nFor instance `{example.strip()}`\n\n{arguments}"
+    text = f"## slimfx {name}\n\n{what}\n\nFor instance `{example}`\n{more}\n"
+    return text + table(("", "default", "what it is"), rows)
+
+
+def told(command: Any) -> tuple[str, str, str]:
+    """What a command does, its example, and what is said behind that."""
+    what, _, rest = command.help.partition("Example: ")
+    example, _, more = rest.partition("\n")
+    return what.strip(), example.strip(), more and f"\n{more.strip()}\n"
 
 
 def _default(parameter: Any) -> str:
