@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test test-long test-slow lint sanitize gpu gpu-splits
+.PHONY: demo test test-long test-slow docs lint sanitize gpu gpu-splits
 
 demo: $(VENV)/ready  ## compress two real models, print what it cost, generate text without slimfx
 	$(RUN)/python examples/demo.py
@@ -15,6 +15,10 @@ test-long: $(VENV)/ready  ## kernels and deployment targets, which compile
 
 test-slow: $(VENV)/ready  ## examples that take minutes each
 	$(RUN)/pytest -q -n 2 -m slow
+
+docs: $(VENV)/ready  ## the documentation as a site, in site/; first what is written by programs
+	$(RUN)/python docs/write.py
+	$(RUN)/mkdocs build --strict
 
 sanitize: $(VENV)/ready  ## the C++ kernels under the address and undefined-behaviour sanitizers
 	SLIMFX_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \

@@ -139,14 +139,14 @@ def bench_methods(
             quality=found.value,
             metric=found.metric,
             bits_per_weight=planned.bits_per_weight,
-            memory=_memory(planned),
-            flops=_flops(planned, recipe),
+            memory=memory_share(planned),
+            flops=flops_share(planned, recipe),
             seconds=seconds,
             cpu_seconds=cpu_seconds,
         )
 
 
-def _memory(planned: Plan) -> float:
+def memory_share(planned: Plan) -> float:
     """Bytes of the compressed model over those of the model in 16 bits (equation 12)."""
     weights = [row.out_features * row.in_features for row in planned.rows]
     width = planned.rows[0].bytes_before / weights[0]  # bytes a weight of the program as it is
@@ -158,7 +158,7 @@ def _memory(planned: Plan) -> float:
     return (after + other) / (2 * sum(weights) + other)
 
 
-def _flops(planned: Plan, recipe: Recipe) -> float:
+def flops_share(planned: Plan, recipe: Recipe) -> float:
     """Multiplications of all linears over those of the dense ones (equation 13)."""
 
     def compressed(row: PlanRow) -> float:

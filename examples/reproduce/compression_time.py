@@ -1,0 +1,84 @@
+"""How long one layer takes to compress, by its size, and its adapter beside torch's SVD.
+
+python examples/reproduce/compression_time.py -o compression_time.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import study
+import torch
+from matplotlib.figure import Figure
+
+import slimfx
+from slimfx import show
+from slimfx.bench_solver import bench_solver
+
+TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe, or one solver of `bench_solver`, on a layer of size inputs and outputs."""
+
+    kind: str
+    """ "recipe" or "solver"."""
+    name: str
+    size: int
+    seconds: float
+
+
+def main(words: Sequence[str]) -> list[Row]:
+    """A row for each preset and size, then one for each solver and size."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=study.numbers, default=(512, 1024, 2048))
+    parser.add_argument("--presets", type=study.names, default=study.names(PRESETS))
+    parser.add_argument("-o", "--output", type=Path, help="picture; its numbers go beside it")
+    args = parser.parse_args(words)
+    return study.finish(_rows(args.presets, [int(size) for size in args.sizes]), args.output, draw)
+
+
+PRESETS = "wanda,sparsegpt,optq,slim,slim-q,full-lora,joint,joint-q"
+
+
+def _rows(presets: Sequence[str], sizes: Sequence[int]) -> Iterator[Row]:
+    with show.line("reproduce") as tell:
+        for i, size in enumerate(sizes):
+            draw_x = torch.Generator().manual_seed(0)
+            x = torch.randn(TOKENS, size, generator=draw_x)
+            torch.manual_seed(0)
+            program = slimfx.capture(torch.nn.Linear(size, size, bias=False), (x[:2],))
+            for preset in presets:
+                tell(i / len(sizes), f"{preset} {size}")
+                began = time.perf_counter()
+                slimfx.compress(program, preset, calibration=[x])
+                yield Row("recipe", preset, size, time.perf_counter() - began)
+            for solver in bench_solver(size):
+                yield Row("solver", solver.name, size, solver.seconds)
+
+
+def draw(figure: Figure, rows: list[Row]) -> None:
+    """Recipes on the left, solvers on the right, both axes by powers."""
+    figure.set_size_inches(11, 4.5)
+    for axes, kind in zip(figure.subplots(1, 2), ("recipe", "solver"), strict=True):
+        for name in dict.fromkeys(row.name for row in rows if row.kind == kind):
+            own = [row for row in rows if row.kind == kind and row.name == name]
+            axes.plot([row.size for row in own], [row.seconds for row in own], "o-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("inputs and outputs of the layer")
+        axes.set_ylabel("seconds")
+        axes.set_title(f"one layer, by {kind}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+if __name__ == "__main__":
+    study.run(main)
