@@ -155,7 +155,7 @@ def compress(
     began = time.perf_counter()
     pt2.check_target(output, form)
     with show.line("compress") as tell:
-        program = _program(model)
+        program = _program(model) if is_artifact(model) else slimfx.capture(model, weights="unread")
         planned = slimfx.plan(program, recipe)
         small = slimfx.compress(
             program, recipe, data, progress=lambda share, what: tell(0.1 + 0.7 * share, what)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -38,6 +38,7 @@ from slimfx.runtime.pack import (
     pack_bitmask,
     pack_codes,
 )
+from slimfx.runtime.unread import place_of, read
 from slimfx.solve import Solution, learnable, learned_solution, solve
 from slimfx.steps import LayerRecipe
 from slimfx.tune import tune
@@ -66,8 +67,8 @@ def compress(
         PlanError, CalibrationError, SolveError: nothing is half done; the message names the layers.
     """
     recipe = Recipe.load(recipe)
-    if any(tensor.is_meta for tensor in program.state_dict.values()):
-        raise PlanError("the program has no weights: capture it without weights=False")
+    if any(tensor.is_meta and place_of(tensor) is None for tensor in program.state_dict.values()):
+        raise PlanError('the program has no weights: capture it with weights=True or "unread"')
     planned = {row.name: row for row in plan(program, recipe).rows}
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}
     sites = [site for site in find_linears(program) if site.name not in skipped]
@@ -115,8 +116,9 @@ def _solutions(job: _Job, walk: Walk, tell: Progress) -> Iterator[tuple[Site, So
     total, done = sum(sizes.values()), 0
     for block in blocks[: last + 1]:
         tell(done / total, block.name or "model")
+        here = calibrate.read_block(walk, block)
         watched = observe_inputs(program, block.sites, set(block.nodes))
-        stats = calibrate.observe(walk, block, watched, full) if watched else {}
+        stats = calibrate.observe(here, block, watched, full) if watched else {}
         solved: dict[str, Solution] = {}
         for site in block.sites:
             solved[site.name] = solve(
@@ -128,13 +130,13 @@ def _solutions(job: _Job, walk: Walk, tell: Progress) -> Iterator[tuple[Site, So
             tell(done / total, site.name)
         if job.recipe.tune is not None and block.sites:
             tell(done / total, f"tune {block.name}")
-            solved = _tuned(job, walk, block, stats, solved)
+            solved = _tuned(job, here, block, stats, solved)
         weights: dict[str, Tensor] = {}
         for site in block.sites:
             weights |= _as_stored(program, site, solved[site.name])
             yield site, solved[site.name], stats[site.name].tokens
         if block is not blocks[last]:
-            walk = calibrate.advance(walk, block, weights)
+            walk = replace(walk, batches=calibrate.advance(here, block, weights).batches)
 
 
 def _tuned(
@@ -228,7 +230,7 @@ def _pack(matrix: Quantized | Tensor, layout: Layout, mask: Tensor | None) -> Pa
 
 
 def _weight(program: ExportedProgram, site: Site) -> Tensor:
-    stored = program.state_dict[site.fqn].detach()
+    stored = read(program.state_dict[site.fqn]).detach()
     return stored.T if site.transposed else stored
 
 
@@ -236,7 +238,7 @@ def _bias(program: ExportedProgram, site: Site) -> Tensor | None:
     """The layer's own bias, if it is one value for each output."""
     if site.bias is None or program.state_dict[site.bias].shape != (site.out_features,):
         return None
-    return program.state_dict[site.bias].detach()
+    return read(program.state_dict[site.bias]).detach()
 
 
 def _as_stored(program: ExportedProgram, site: Site, solution: Solution) -> dict[str, Tensor]:
