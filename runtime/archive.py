@@ -268,6 +268,13 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def move(source: Path, target: Path) -> None:
+    """Give a finished file of the same file system its place, for good."""
+    source.chmod(_mode(target))
+    source.replace(target)
+    _flush(target.parent)
+
+
 def _mode(path: Path) -> int:
     if path.exists():
         return stat.S_IMODE(path.stat().st_mode)
