@@ -84,6 +84,7 @@ def observe(
     Raises:
         CalibrationError: an input is NaN or infinite, or nothing reached a layer; names the layer.
     """
+    walk = read_block(walk, block)
     stats: dict[Node, Stats] = {}
     watches = {watch.node: watch for watch in watched}
 
@@ -108,7 +109,7 @@ def observe(
 @torch.no_grad()
 def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
     """Run a block with other weights (parameter name -> tensor) and stand before the next one."""
-    changed = with_weights(walk, weights)
+    changed = read_block(with_weights(walk, weights), block)  # what is replaced is not read
     return replace(
         walk, batches=[run(changed, block, values, keep=block.live_out) for values in walk.batches]
     )

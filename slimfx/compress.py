@@ -160,7 +160,6 @@ def _block(
     """The compressed layers of a block and, if there are `more`, what reaches the next one."""
     program, layers = job.program, job.layers
     tell(0.0, block.name or "model")
-    walk = calibrate.read_block(walk, block)
     full = frozenset(name for name, how in layers.items() if how.needs_covariance)
     watched = observe_inputs(program, block.sites, set(block.nodes))
     stats = calibrate.observe(walk, block, watched, full) if watched else {}
