@@ -25,6 +25,7 @@ from slimfx.passes.cut_blocks import Block
 from slimfx.passes.find_linears import storage_key
 from slimfx.passes.inputs import flat_inputs, input_names
 from slimfx.passes.observe_inputs import Observation
+from slimfx.runtime.unread import read_value
 
 Values = dict[Node, Any]
 
@@ -61,6 +62,17 @@ def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
     return Walk(program, lifted, values, masks)
 
 
+def read_block(walk: Walk, block: Block) -> Walk:
+    """The same walk with what the block takes read, if it was left unread.
+
+    Raises:
+        ArtifactError: a file cannot be read.
+    """
+    taken = {source for node in block.nodes for source in node.all_input_nodes}
+    found = {node: read_value(walk.lifted[node]) for node in taken & walk.lifted.keys()}
+    return replace(walk, lifted={**walk.lifted, **found})
+
+
 @torch.no_grad()
 def observe(
     walk: Walk, block: Block, watched: Sequence[Observation], covariance: frozenset[str]
@@ -73,6 +85,7 @@ def observe(
     Raises:
         CalibrationError: an input is NaN or infinite; names the layer.
     """
+    walk = read_block(walk, block)
     stats: dict[Node, Stats] = {}
     watches = {watch.node: watch for watch in watched}
 
@@ -99,7 +112,7 @@ def observe(
 @torch.no_grad()
 def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
     """Run a block with other weights (parameter name -> tensor) and stand before the next one."""
-    changed = with_weights(walk, weights)
+    changed = read_block(with_weights(walk, weights), block)  # what is replaced is not read
     return replace(
         walk, batches=[run(changed, block, values, keep=block.live_out) for values in walk.batches]
     )
@@ -113,13 +126,14 @@ def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
     state = walk.program.state_dict
     swaps = {storage_key(state[fqn], fqn): tensor for fqn, tensor in weights.items()}
     specs = input_specs(walk.program)
-    swapped = {
-        node: swaps.get(storage_key(value, str(specs[node.name].target)), value)
-        if isinstance(value, Tensor)
-        else value
-        for node, value in walk.lifted.items()
-    }
-    return replace(walk, lifted=swapped)
+
+    def now(node: Node, value: Any) -> Any:
+        own = lifted_tensor(walk.program, specs[node.name])  # one that was read is another tensor
+        if not isinstance(own, Tensor):
+            return value
+        return swaps.get(storage_key(own, str(specs[node.name].target)), value)
+
+    return replace(walk, lifted={node: now(node, value) for node, value in walk.lifted.items()})
 
 
 def run(

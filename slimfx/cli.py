@@ -26,10 +26,12 @@ from slimfx import (
     cli_bench_model,
     cli_export,
     cli_finetune,
+    journal,
     show,
     tasks,
 )
 from slimfx.errors import PlanError, SlimError
+from slimfx.runtime import archive
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
 from slimfx.stepper import is_artifact
@@ -148,20 +150,25 @@ def compress(
     form: Form = "op",
     as_json: Json = False,
 ) -> None:
-    """Compress a model and write it with its report.
+    """Compress a model and write it with its report; the same command goes on where a killed one
+    was.
 
     Example: slimfx compress examples/demo_lm -o small.pt2 --recipe slim --form aten
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
-    with show.line("compress") as tell:
-        program = _program(model)
+    folder = output.with_name(f".{output.name}.journal")
+    with journal.opened(folder) as book, show.line("compress") as tell:
+        program = _program(model) if is_artifact(model) else slimfx.capture(model, weights="unread")
         planned = slimfx.plan(program, recipe)
         small = slimfx.compress(
-            program, recipe, data, progress=lambda share, what: tell(0.1 + 0.7 * share, what)
+            *(program, recipe, data),
+            progress=lambda share, what: tell(0.1 + 0.7 * share, what),
+            journal=book,
         )
         tell(0.8, f"write {output}")
-        size = slimfx.save(small, output, form=form)
+        size = slimfx.save(small, folder / output.name, form=form)
+        archive.move(folder / output.name, output)
     result = {
         "file": str(output),
         "bytes": size,

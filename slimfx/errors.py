@@ -28,6 +28,10 @@ class SolveError(SlimError):
     """A weight cannot be compressed: it is not finite, or the result would not be."""
 
 
+class JournalError(SlimError):
+    """The journal beside the output is of another job, in use, or damaged."""
+
+
 class FinetuneError(SlimError):
     """The program cannot be trained on this text, or training came to nothing."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.fx import Node
 
-from slimfx.calibrate import Walk, run, with_weights
+from slimfx.calibrate import Walk, read_block, run, with_weights
 from slimfx.errors import CalibrationError
 from slimfx.methods.learnable import Learnable
 from slimfx.passes.base import changes_in_place
@@ -58,6 +58,7 @@ def tune(
     Raises:
         CalibrationError: the loss is not finite; names the block.
     """
+    walk = read_block(walk, block)
     walk = replace(walk, lifted={node: _detached(v) for node, v in walk.lifted.items()})
     targets = [_target(walk, block, i) for i in range(len(walk.batches))]
     start = {fqn: each.values for fqn, each in learnables.items()}

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from models import DEMO, captured, compressed, word_tokenizer
+from models import DEMO, captured, case, compressed, word_tokenizer
 from slimfx.runtime.manifest import Manifest, attach, manifest_of
 from slimfx.runtime.targets import pt2
 
@@ -149,6 +149,21 @@ def test_compress_reports_what_it_saved(made: Made) -> None:
     assert said["bytes"] == pytest.approx(said["bytes_planned"], rel=0.02)
     assert said["seconds"] > 0
     assert 3 < said["bits_per_weight"] < 6
+
+
+def test_compress_of_a_folder_writes_what_the_whole_model_gives(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "model", tmp_path / "recipe.yaml"
+    case("llama").model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "tokenizer.json").write_text(word_tokenizer())
+    recipe.write_text("calibration: {samples: 2, length: 16}")
+    text = ["w1 w2 w3 w5 w8 w13 w21 w34 w55 w89 " * 4]
+    (tmp_path / "text.txt").write_text(text[0])
+    output = tmp_path / "small.pt2"
+    run("compress", folder, "-o", output, "-r", recipe, "-d", tmp_path / "text.txt", "--json")
+    small = slimfx.compress(slimfx.capture(folder), str(recipe), text)
+    slimfx.save(small, tmp_path / "whole.pt2")
+    assert output.read_bytes() == (tmp_path / "whole.pt2").read_bytes()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_plan_says_before_what_compress_does(made: Made) -> None:
