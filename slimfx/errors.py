@@ -51,6 +51,7 @@ _EXTRAS = {
     "torchao": "executorch",
     "triton": "triton",
     "matplotlib": "plots",
+    "pandas": "notebook",
 }
 
 

@@ -1,0 +1,303 @@
+"""The page of `slimfx report`: one file of HTML that asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from markupsafe import Markup
+
+from slimfx.report import LAYER_COLUMNS, Report
+from slimfx.report_plots import Plot, snr_plot
+from slimfx.runtime.manifest import LayerReport
+from slimfx.tables import Table, environment, shown, table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what is under it."""
+
+    heading: str
+    words: tuple[str, ...]
+    tables: tuple[Table, ...]
+    plot: Plot | None = None
+    folded: bool = False
+    """The tables are shown when they are asked for."""
+
+
+def page(reports: Sequence[Report], dense: Report | None = None) -> str:
+    """One artifact, or two side by side, as HTML; what comes from the files is escaped.
+
+    Args:
+        dense: of the model before compression, beside them.
+    """
+    named = dict(zip(("A", "B"), reports)) if len(reports) > 1 else {"": reports[0]}
+    style, script = _asset("page.css"), _asset("page.js")
+    title = " beside ".join(f"{mark}: {r.name}" if mark else r.name for mark, r in named.items())
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=f"{title}, compressed by slimfx",
+            lead=f"{_SNR} This page is one file and asks the network for nothing.",
+            sections=[
+                _glance(named, dense),
+                _bytes(named),
+                _layers(named),
+                _kernels(named),
+                _weights(named),
+                _making(named),
+            ],
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=_digest(style),
+            script_hash=_digest(script),
+        )
+    )
+
+
+_SNR = (
+    "Signal to noise is the energy of what a layer answers over that of its error, in dB, for "
+    "inputs with the size that calibration saw: 3 dB more is half the error's energy."
+)
+_FIGURES: Mapping[str, tuple[Callable[[Report], Any], str]] = {
+    "bytes": (lambda r: r.bytes, ",d"),
+    "bits a weight of the compressed linears": (lambda r: r.bits_per_weight, ".3f"),
+    "compressed linears": (lambda r: len(r.manifest.layers) or None, "d"),
+    "linears left as they are": (lambda r: len(r.manifest.skipped) or None, "d"),
+    "signal to noise, median of the layers, dB": (lambda r: r.snr, ".2f"),
+    "signal to noise, lowest, dB": (lambda r: _lowest(r.manifest.layers), ".2f"),
+    "perplexity": (lambda r: r.quality.value if r.quality else None, ".2f"),
+    "tokens it was measured on": (lambda r: r.quality.tokens if r.quality else None, ",d"),
+    "recorded inputs, asked again here": (lambda r: _golden(r), ""),
+}
+
+
+def _glance(named: Mapping[str, Report], dense: Report | None) -> Section:
+    both = {mark or "artifact": report for mark, report in named.items()}
+    if dense is not None:
+        both[f"dense: {dense.name}"] = dense
+    names = list(both)
+    ratio = {f"{names[1]} / {names[0]}": ""} if len(names) == 2 else {}
+    rows = []
+    for figure, (of, spec) in _FIGURES.items():
+        values = [of(report) for report in both.values()]
+        if all(value is None or value == "" or value != value for value in values):
+            continue
+        cells = [shown(None if value != value else value, spec) for value in values]
+        rows.append([figure, *cells, *[_ratio(*values) for _ in ratio]])
+    columns = {"figure": "", **dict.fromkeys(names, ""), **ratio}
+    return Section("At a glance", (), (Table("Figures of the whole", columns, rows),))
+
+
+def _ratio(first: Any, second: Any) -> str:
+    """How many times the first the second is, where both are positive numbers."""
+    if any(isinstance(value, str) or value is None or not value > 0 for value in (first, second)):
+        return ""
+    return f"{second / first:.3f}"
+
+
+def _golden(report: Report) -> str:
+    found = report.golden
+    if isinstance(found, str):
+        return found
+    if found.identical:
+        return "same answers to the bit"
+    verdict = "same answers" if found.passed else "OTHER ANSWERS"
+    return (
+        f"{verdict}: they differ by {found.max_difference:.2g} of the largest output, the limit is "
+        f"{found.tolerance:.2g}"
+    )
+
+
+def _bytes(named: Mapping[str, Report]) -> Section:
+    if len(named) == 1:
+        columns = {
+            "what": ("name", ""),
+            "bytes": ("bytes", ",d"),
+            "of the file": ("share", "bar"),
+            "bits a compressed weight": ("bits", ".4f"),
+        }
+        tables = [table("Bytes of the file", columns, r.parts) for r in named.values()]
+    else:
+        parts = [{part.name: part for part in report.parts} for report in named.values()]
+        rows = []
+        for name in dict.fromkeys(name for each in parts for name in each):
+            found = [each.get(name) for each in parts]
+            counts = [part.bytes if part else 0 for part in found]
+            bits = [part.bits if part else None for part in found]
+            rows.append([name, *counts, counts[1] - counts[0], *bits])
+        columns_of_two = {
+            **{"what": "", "bytes, A": ",d", "bytes, B": ",d", "B - A": "+,d"},
+            **{"bits a compressed weight, A": ".4f", "bits, B": ".4f"},
+        }
+        tables = [Table("Bytes of the files", columns_of_two, rows)]
+    words = "Codes are the values that stay, positions say where; adapters have their own scales."
+    return Section("Size by part", (words,), tuple(tables))
+
+
+def _layers(named: Mapping[str, Report]) -> Section:
+    words = (
+        "Clipped is the share of weights beyond the largest code; tokens are those of the "
+        "calibration that the layer saw.",
+    )
+    layers = {mark: report.manifest.layers for mark, report in named.items()}
+    kinds = tuple(_kinds(mark, rows) for mark, rows in layers.items() if rows)
+    if len(named) == 1:
+        (rows,) = layers.values()
+        series = {
+            "without adapters": {row.name: row.snr_without_adapter for row in rows},
+            "with adapters": {row.name: row.snr for row in rows},
+        }
+        tables = (*kinds, table("Every compressed layer", LAYER_COLUMNS, rows))
+    else:
+        series = {mark: {row.name: row.snr for row in rows} for mark, rows in layers.items()}
+        tables = (*kinds, _compared(layers))
+    return Section("Layers", words, tables, snr_plot("Signal to noise of each layer", series))
+
+
+def _kinds(mark: str, layers: Sequence[LayerReport]) -> Table:
+    """Layers with the last part of their name in common."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for row in layers:
+        kinds.setdefault(row.name.rpartition(".")[2], []).append(row)
+    columns = {
+        **{"kind": "", "layers": "d", "bytes": ",d", "bits a weight": ".3f"},
+        **{"lowest SNR, dB": ".1f", "median": ".1f", "median without adapters": ".1f"},
+    }
+    rows = []
+    for kind, own in kinds.items():
+        weights = sum(row.out_features * row.in_features for row in own)
+        stored = sum(row.bytes for row in own)
+        rows.append(
+            [
+                *(kind, len(own), stored, 8 * stored / weights if weights else math.nan),
+                *(_lowest(own), statistics.median(row.snr for row in own)),
+                statistics.median(row.snr_without_adapter for row in own),
+            ]
+        )
+    return Table(_captioned("By kind of layer", mark), columns, rows)
+
+
+def _lowest(layers: Iterable[LayerReport]) -> float:
+    return min((row.snr for row in layers if not math.isnan(row.snr)), default=math.nan)
+
+
+def _compared(layers: Mapping[str, Sequence[LayerReport]]) -> Table:
+    """A row for each layer that is in either."""
+    found = [{row.name: row for row in rows} for rows in layers.values()]
+    rows = []
+    for name in dict.fromkeys(name for each in found for name in each):
+        a, b = (each.get(name) for each in found)
+        row: list[Any] = [name]
+        for field in ("snr", "bytes"):
+            values = [getattr(each, field) if each else None for each in (a, b)]
+            row += [*values, values[1] - values[0] if a and b else None]
+        for field in ("layout", "rank"):
+            row += [getattr(each, field) if each else None for each in (a, b)]
+        rows.append(row)
+    columns = {
+        **{"layer": "", "SNR, dB, A": ".1f", "SNR, B": ".1f", "SNR, B - A": "+.1f"},
+        **{"bytes, A": ",d", "bytes, B": ",d", "bytes, B - A": "+,d"},
+        **{"layout, A": "", "layout, B": "", "rank, A": "d", "rank, B": "d"},
+    }
+    return Table("Every compressed layer of either", columns, rows)
+
+
+def _kernels(named: Mapping[str, Report]) -> Section:
+    columns = {
+        "stored as": ("stored", ""),
+        "linears": ("linears", "d"),
+        "device": ("device", ""),
+        "rows of x": ("rows", ""),
+        "kernel": ("kernel", ""),
+        "why not those before it": ("why_not", ""),
+    }
+    tables = tuple(
+        table(_captioned("Kernels by device", mark), columns, report.kernels)
+        for mark, report in named.items()
+        if report.kernels
+    )
+    words = (
+        "Rows of x are the tokens of a call. Machine code for CPUs comes from export --to aoti or "
+        "torch.compile, for GPUs from torch.compile.",
+        *(
+            f"{report.name} has no ops of slimfx: torch runs it, and unpacks the weights at each "
+            f"call."
+            for report in named.values()
+            if not report.kernels
+        ),
+    )
+    return Section("Kernels", words, tables)
+
+
+def _weights(named: Mapping[str, Report]) -> Section:
+    columns = {
+        "weight": ("name", ""),
+        "stored as": ("stored", ""),
+        "out x in": ("shape", ""),
+        "bytes": ("bytes", ",d"),
+        "why, and what was out of the ordinary": ("why", ""),
+    }
+    tables = tuple(
+        table(_captioned("Every weight", mark), columns, report.weights)
+        for mark, report in named.items()
+    )
+    return Section("Every weight", (), tables, folded=True)
+
+
+def _making(named: Mapping[str, Report]) -> Section:
+    """Recipe, calibration and versions, key by key."""
+    found = [
+        _flat(
+            {
+                "form": report.manifest.form,
+                "recipe": report.manifest.recipe,
+                "calibration": report.manifest.calibration,
+                "version": report.manifest.versions,
+            }
+        )
+        for report in named.values()
+    ]
+    columns = {"what": "", **{mark or "value": "" for mark in named}}
+    rows = []
+    for key in dict.fromkeys(key for each in found for key in each):
+        values = [each.get(key, "") for each in found]
+        differs = ["differs" if values[0] != values[-1] else ""] if len(values) > 1 else []
+        rows.append([key, *values, *differs])
+    if len(named) > 1:
+        columns["A and B"] = ""
+    caption = "Recipe, calibration data and versions"
+    return Section("How it was made", (), (Table(caption, columns, rows),))
+
+
+def _flat(value: Any) -> dict[str, str]:
+    """Nested mappings and lists as one, with dotted keys; a hostile file may nest them deeply."""
+    found, left = {}, [("", value)]
+    while left:
+        key, value = left.pop()
+        if value and isinstance(value, Mapping | list | tuple):
+            inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+            left += reversed([(f"{key}.{name}".lstrip("."), each) for name, each in inner])
+        else:
+            found[key] = "none" if value is None else str(value)
+    return found
+
+
+def _captioned(caption: str, mark: str) -> str:
+    return f"{caption}, {mark}" if mark else caption
+
+
+def _asset(name: str) -> str:
+    return (files("slimfx") / "pages" / name).read_text(encoding="utf-8").strip()
+
+
+def _digest(text: str) -> str:
+    """What a browser compares an inline style or script with."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
