@@ -27,8 +27,11 @@ class Section:
     words: tuple[str, ...]
     tables: tuple[Table, ...]
     plot: Plot | None = None
+    tiles: tuple[tuple[str, str, str], ...] = ()
+    """(figure, value, what it is beside)."""
     folded: bool = False
     """The tables are shown when they are asked for."""
+    sortable: bool = True
 
 
 def page(reports: Sequence[Report], dense: Report | None = None) -> str:
@@ -45,7 +48,8 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
         .get_template("page.html")
         .render(
             title=f"{title}, compressed by slimfx",
-            lead=f"{_SNR} This page is one file and asks the network for nothing.",
+            lead="What is stored, what it cost, what runs it. This page is one file and asks the network "
+            "for nothing.",
             sections=[
                 _glance(named, dense),
                 _bytes(named),
@@ -64,11 +68,14 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
 
 _SNR = (
     "Signal to noise is the energy of what a layer answers over that of its error, in dB, for "
-    "inputs with the size that calibration saw: 3 dB more is half the error's energy."
+    "inputs that are as large as calibration saw them, but uncorrelated: 3 dB more is half the "
+    "error's energy. Recipes that solve against the inputs' covariance (joint, second-order) trade "
+    "some of it for less error on inputs as they are, so between recipes perplexity decides."
 )
+_RATIOS = ("bytes", "bits a compressed weight", "perplexity")
 _FIGURES: Mapping[str, tuple[Callable[[Report], Any], str]] = {
     "bytes": (lambda r: r.bytes, ",d"),
-    "bits a weight of the compressed linears": (lambda r: r.bits_per_weight, ".3f"),
+    "bits a compressed weight": (lambda r: r.bits_per_weight, ".3f"),
     "compressed linears": (lambda r: len(r.manifest.layers) or None, "d"),
     "linears left as they are": (lambda r: len(r.manifest.skipped) or None, "d"),
     "signal to noise, median of the layers, dB": (lambda r: r.snr, ".2f"),
@@ -80,25 +87,33 @@ _FIGURES: Mapping[str, tuple[Callable[[Report], Any], str]] = {
 
 
 def _glance(named: Mapping[str, Report], dense: Report | None) -> Section:
+    """One artifact as tiles, with the dense model in small; two as a table."""
     both = {mark or "artifact": report for mark, report in named.items()}
     if dense is not None:
-        both[f"dense: {dense.name}"] = dense
-    names = list(both)
-    ratio = {f"{names[1]} / {names[0]}": ""} if len(names) == 2 else {}
-    rows = []
+        both["dense"] = dense
+    names, rows = list(both), []
     for figure, (of, spec) in _FIGURES.items():
         values = [of(report) for report in both.values()]
-        if all(value is None or value == "" or value != value for value in values):
-            continue
-        cells = [shown(None if value != value else value, spec) for value in values]
-        rows.append([figure, *cells, *[_ratio(*values) for _ in ratio]])
-    columns = {"figure": "", **dict.fromkeys(names, ""), **ratio}
-    return Section("At a glance", (), (Table("Figures of the whole", columns, rows),))
+        values = [None if value != value or value == "" else value for value in values]
+        if any(value is not None for value in values):
+            ratio = _ratio(*values[:2]) if figure in _RATIOS else ""
+            rows.append((figure, [shown(value, spec) for value in values], ratio))
+    if len(named) == 1:
+        tiles = tuple(
+            (figure, cells[0], f"{cells[1]} dense" if cells[1:] and cells[1] else "")
+            for figure, cells, _ in rows
+        )
+        return Section("At a glance", (), (), tiles=tiles)
+    columns = {"figure": "", **dict.fromkeys(names, ""), "B / A": ""}
+    cells = [[figure, *values, ratio] for figure, values, ratio in rows]
+    return Section(
+        "At a glance", (), (Table("Figures of the whole", columns, cells),), sortable=False
+    )
 
 
-def _ratio(first: Any, second: Any) -> str:
+def _ratio(first: Any, second: Any = None) -> str:
     """How many times the first the second is, where both are positive numbers."""
-    if any(isinstance(value, str) or value is None or not value > 0 for value in (first, second)):
+    if any(isinstance(value, str) or value is None or value <= 0 for value in (first, second)):
         return ""
     return f"{second / first:.3f}"
 
@@ -138,12 +153,16 @@ def _bytes(named: Mapping[str, Report]) -> Section:
             **{"bits a compressed weight, A": ".4f", "bits, B": ".4f"},
         }
         tables = [Table("Bytes of the files", columns_of_two, rows)]
-    words = "Codes are the values that stay, positions say where; adapters have their own scales."
+    words = (
+        "Codes are the values that stay, positions say where; adapters are counted with their own "
+        "scales, and an embedding that is also the head with the linears."
+    )
     return Section("Size by part", (words,), tuple(tables))
 
 
 def _layers(named: Mapping[str, Report]) -> Section:
     words = (
+        _SNR,
         "Clipped is the share of weights beyond the largest code; tokens are those of the "
         "calibration that the layer saw.",
     )
@@ -274,7 +293,7 @@ def _making(named: Mapping[str, Report]) -> Section:
     if len(named) > 1:
         columns["A and B"] = ""
     caption = "Recipe, calibration data and versions"
-    return Section("How it was made", (), (Table(caption, columns, rows),))
+    return Section("How it was made", (), (Table(caption, columns, rows),), sortable=False)
 
 
 def _flat(value: Any) -> dict[str, str]:

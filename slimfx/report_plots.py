@@ -82,6 +82,6 @@ def _marks(low: float, high: float) -> list[float]:
 def _sentence(name: str, values: Mapping[str, float]) -> str:
     worst, best = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     return (
-        f"{name}: from {values[worst]:.1f} dB ({worst}) to {values[best]:.1f} dB ({best}), median "
-        f"{statistics.median(values.values()):.1f} dB."
+        f"{name[:1].upper()}{name[1:]}: from {values[worst]:.1f} dB ({worst}) to "
+        f"{values[best]:.1f} dB ({best}), median {statistics.median(values.values()):.1f} dB."
     )
