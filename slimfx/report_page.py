@@ -48,8 +48,7 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
         .get_template("page.html")
         .render(
             title=f"{title}, compressed by slimfx",
-            lead="What is stored, what it cost, what runs it. This page is one file and asks the network "
-            "for nothing.",
+            lead="What it stores, what that cost, what runs it. This page needs no network.",
             sections=[
                 _glance(named, dense),
                 _bytes(named),
