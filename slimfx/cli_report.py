@@ -39,16 +39,11 @@ def write_report(
     if len(artifacts) > 2:
         raise typer.BadParameter(f"{len(artifacts)} artifacts; a page has one, or two side by side")
     with show.line("report") as tell:
-        reports = [
-            report(
-                path,
-                text=text,
-                samples=samples,
-                progress=lambda share, what, i=i: tell((i + share) / (len(artifacts) + 1), what),
-            )
-            for i, path in enumerate(artifacts)
-        ]
-        tell(len(artifacts) / (len(artifacts) + 1), "dense" if dense else "write")
+        reports = []
+        for i, path in enumerate(artifacts):
+            tell(i / (len(artifacts) + 1), path.name)
+            reports.append(report(path, text=text, samples=samples))
+        tell(len(artifacts) / (len(artifacts) + 1), dense or f"write {output}")
         before = _dense(dense, text, samples) if dense else None
         with archive.atomic(output) as temporary:
             written = page(reports, before).encode(errors="xmlcharrefreplace")

@@ -8,7 +8,7 @@ import math
 import statistics
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import LayerReport, Manifest, manifest_of
 from slimfx.runtime.pack import row_count
 from slimfx.runtime.targets import pt2
-
-Progress = Callable[[float, str], None]
 
 _PARTS = {
     **{"values": "codes", "codes": "codes", "indices": "positions", "mask": "positions"},
@@ -127,13 +125,7 @@ LAYER_COLUMNS = {
 }
 
 
-def report(
-    path: str | Path,
-    *,
-    text: Any = None,
-    samples: int | None = None,
-    progress: Progress | None = None,
-) -> Report:
+def report(path: str | Path, *, text: Any = None, samples: int | None = None) -> Report:
     """Look at a `.pt2` that slimfx wrote, and ask it its recorded inputs again.
 
     Args:
@@ -144,31 +136,24 @@ def report(
         ArtifactError: missing, damaged or unsafe, or machine code, which has no layers.
         CalibrationError: too little text, or no tokenizer.
     """
-    path, tell = Path(path), progress or (lambda share, what: None)
+    path = Path(path)
     if path.is_dir() or target_of(path) != "pt2":
         raise ArtifactError(
             f"{path}: no exported program of torch; report on the .pt2 that it was made from"
         )
-    tell(0.0, f"load {path.name}")
     program = pt2.load(path)
     manifest, linears = _checked(manifest_of(program), path.name), linears_of(program)
     sizes = {name: _size(linear) for name, linear in linears.items()}
     sizes |= {row.name: (row.out_features, row.in_features) for row in manifest.layers}
     held, shared = _held(program)
     left = {site.fqn: site.name for site in find_linears(program)}
-    tell(0.2, f"check {path.name}")
-    golden = _golden(path)
-    quality = None
-    if text is not None:
-        tell(0.4, f"perplexity of {path.name}")
-        quality = evaluate(program, text, samples=samples)
     return Report(
         *(path.name, path.stat().st_size, manifest),
         parts=_parts(path, held, left, sum(N * K for N, K in sizes.values())),
         weights=tuple(_weights(held, shared, left, manifest, sizes)),
         kernels=kernels_of(linears),
-        golden=golden,
-        quality=quality,
+        golden=_golden(path),
+        quality=None if text is None else evaluate(program, text, samples=samples),
     )
 
 

@@ -79,7 +79,7 @@ _FIGURES: Mapping[str, tuple[Callable[[Report], Any], str]] = {
     "linears left as they are": (lambda r: len(r.manifest.skipped) or None, "d"),
     "signal to noise, median of the layers, dB": (lambda r: r.snr, ".2f"),
     "signal to noise, lowest, dB": (lambda r: _lowest(r.manifest.layers), ".2f"),
-    "perplexity": (lambda r: r.quality.value if r.quality else None, ".2f"),
+    "perplexity": (lambda r: r.quality.value if r.quality else None, ",.2f"),
     "tokens it was measured on": (lambda r: r.quality.tokens if r.quality else None, ",d"),
     "recorded inputs, asked again here": (lambda r: _golden(r), ""),
 }
@@ -215,7 +215,7 @@ def _compared(layers: Mapping[str, Sequence[LayerReport]]) -> Table:
         a, b = (each.get(name) for each in found)
         row: list[Any] = [name]
         for field in ("snr", "bytes"):
-            values = [getattr(each, field) if each else None for each in (a, b)]
+            values: list[Any] = [getattr(each, field) if each else None for each in (a, b)]
             row += [*values, values[1] - values[0] if a and b else None]
         for field in ("layout", "rank"):
             row += [getattr(each, field) if each else None for each in (a, b)]
