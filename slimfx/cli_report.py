@@ -46,7 +46,7 @@ def write_report(
         tell(len(artifacts) / (len(artifacts) + 1), dense or f"write {output}")
         before = _dense(dense, text, samples) if dense else None
         with archive.atomic(output) as temporary:
-            written = page(reports, before).encode(errors="xmlcharrefreplace")
+            written = page(reports, before).encode()
             temporary.write_bytes(written)
     figures = {"file": str(output), "bytes": len(written)}
     for each in reports:

@@ -141,7 +141,7 @@ def report(path: str | Path, *, text: Any = None, samples: int | None = None) ->
         raise ArtifactError(
             f"{path}: no exported program of torch; report on the .pt2 that it was made from"
         )
-    program = pt2.load(path)
+    golden, program = _golden(path), pt2.load(path)  # one after the other: each is a whole model
     manifest, linears = _checked(manifest_of(program), path.name), linears_of(program)
     sizes = {name: _size(linear) for name, linear in linears.items()}
     sizes |= {row.name: (row.out_features, row.in_features) for row in manifest.layers}
@@ -152,7 +152,7 @@ def report(path: str | Path, *, text: Any = None, samples: int | None = None) ->
         parts=_parts(path, held, left, sum(N * K for N, K in sizes.values())),
         weights=tuple(_weights(held, shared, left, manifest, sizes)),
         kernels=kernels_of(linears),
-        golden=_golden(path),
+        golden=golden,
         quality=None if text is None else evaluate(program, text, samples=samples),
     )
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -14,8 +12,8 @@ from typing import Any
 from markupsafe import Markup
 
 from slimfx.report import LAYER_COLUMNS, Report
-from slimfx.report_plots import Plot, snr_plot
-from slimfx.runtime.manifest import LayerReport
+from slimfx.report_layers import WORDS, compared_table, kinds_table, layers_plot, lowest
+from slimfx.report_plots import Plot
 from slimfx.tables import Table, environment, shown, table
 
 
@@ -25,7 +23,7 @@ class Section:
 
     heading: str
     words: tuple[str, ...]
-    tables: tuple[Table, ...]
+    tables: Sequence[Table]
     plot: Plot | None = None
     tiles: tuple[tuple[str, str, str], ...] = ()
     """(figure, value, what it is beside)."""
@@ -43,7 +41,7 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
     named = dict(zip(("A", "B"), reports)) if len(reports) > 1 else {"": reports[0]}
     style, script = _asset("page.css"), _asset("page.js")
     title = " beside ".join(f"{mark}: {r.name}" if mark else r.name for mark, r in named.items())
-    return (
+    html = (
         environment()
         .get_template("page.html")
         .render(
@@ -51,11 +49,7 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
             lead="What it stores, what that cost, what runs it. This page needs no network.",
             sections=[
                 _glance(named, dense),
-                _bytes(named),
-                _layers(named),
-                _kernels(named),
-                _weights(named),
-                _making(named),
+                *(make(named) for make in (_bytes, _layers, _kernels, _weights, _making)),
             ],
             style=Markup(style),
             script=Markup(script),
@@ -63,14 +57,9 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
             script_hash=_digest(script),
         )
     )
+    return html.encode(errors="xmlcharrefreplace").decode()  # a file may name half a surrogate pair
 
 
-_SNR = (
-    "Signal to noise is the energy of what a layer answers over that of its error, in dB, for "
-    "inputs that are as large as calibration saw them, but uncorrelated: 3 dB more is half the "
-    "error's energy. Recipes that solve against the inputs' covariance (joint, second-order) trade "
-    "some of it for less error on inputs as they are, so between recipes perplexity decides."
-)
 _RATIOS = ("bytes", "bits a compressed weight", "perplexity")
 _FIGURES: Mapping[str, tuple[Callable[[Report], Any], str]] = {
     "bytes": (lambda r: r.bytes, ",d"),
@@ -78,7 +67,7 @@ _FIGURES: Mapping[str, tuple[Callable[[Report], Any], str]] = {
     "compressed linears": (lambda r: len(r.manifest.layers) or None, "d"),
     "linears left as they are": (lambda r: len(r.manifest.skipped) or None, "d"),
     "signal to noise, median of the layers, dB": (lambda r: r.snr, ".2f"),
-    "signal to noise, lowest, dB": (lambda r: _lowest(r.manifest.layers), ".2f"),
+    "signal to noise, lowest, dB": (lambda r: lowest(r.manifest.layers), ".2f"),
     "perplexity": (lambda r: r.quality.value if r.quality else None, ",.2f"),
     "tokens it was measured on": (lambda r: r.quality.tokens if r.quality else None, ",d"),
     "recorded inputs, asked again here": (lambda r: _golden(r), ""),
@@ -160,72 +149,17 @@ def _bytes(named: Mapping[str, Report]) -> Section:
 
 
 def _layers(named: Mapping[str, Report]) -> Section:
-    words = (
-        _SNR,
-        "Clipped is the share of weights beyond the largest code; tokens are those of the "
-        "calibration that the layer saw.",
-    )
     layers = {mark: report.manifest.layers for mark, report in named.items()}
-    kinds = tuple(_kinds(mark, rows) for mark, rows in layers.items() if rows)
-    if len(named) == 1:
-        (rows,) = layers.values()
-        series = {
-            "without adapters": {row.name: row.snr_without_adapter for row in rows},
-            "with adapters": {row.name: row.snr for row in rows},
-        }
-        tables = (*kinds, table("Every compressed layer", LAYER_COLUMNS, rows))
+    tables = [
+        kinds_table(_captioned("By kind of layer", mark), rows)
+        for mark, rows in layers.items()
+        if rows
+    ]
+    if len(named) > 1:
+        tables.append(compared_table(layers))
     else:
-        series = {mark: {row.name: row.snr for row in rows} for mark, rows in layers.items()}
-        tables = (*kinds, _compared(layers))
-    return Section("Layers", words, tables, snr_plot("Signal to noise of each layer", series))
-
-
-def _kinds(mark: str, layers: Sequence[LayerReport]) -> Table:
-    """Layers with the last part of their name in common."""
-    kinds: dict[str, list[LayerReport]] = {}
-    for row in layers:
-        kinds.setdefault(row.name.rpartition(".")[2], []).append(row)
-    columns = {
-        **{"kind": "", "layers": "d", "bytes": ",d", "bits a weight": ".3f"},
-        **{"lowest SNR, dB": ".1f", "median": ".1f", "median without adapters": ".1f"},
-    }
-    rows = []
-    for kind, own in kinds.items():
-        weights = sum(row.out_features * row.in_features for row in own)
-        stored = sum(row.bytes for row in own)
-        rows.append(
-            [
-                *(kind, len(own), stored, 8 * stored / weights if weights else math.nan),
-                *(_lowest(own), statistics.median(row.snr for row in own)),
-                statistics.median(row.snr_without_adapter for row in own),
-            ]
-        )
-    return Table(_captioned("By kind of layer", mark), columns, rows)
-
-
-def _lowest(layers: Iterable[LayerReport]) -> float:
-    return min((row.snr for row in layers if not math.isnan(row.snr)), default=math.nan)
-
-
-def _compared(layers: Mapping[str, Sequence[LayerReport]]) -> Table:
-    """A row for each layer that is in either."""
-    found = [{row.name: row for row in rows} for rows in layers.values()]
-    rows = []
-    for name in dict.fromkeys(name for each in found for name in each):
-        a, b = (each.get(name) for each in found)
-        row: list[Any] = [name]
-        for field in ("snr", "bytes"):
-            values: list[Any] = [getattr(each, field) if each else None for each in (a, b)]
-            row += [*values, values[1] - values[0] if a and b else None]
-        for field in ("layout", "rank"):
-            row += [getattr(each, field) if each else None for each in (a, b)]
-        rows.append(row)
-    columns = {
-        **{"layer": "", "SNR, dB, A": ".1f", "SNR, B": ".1f", "SNR, B - A": "+.1f"},
-        **{"bytes, A": ",d", "bytes, B": ",d", "bytes, B - A": "+,d"},
-        **{"layout, A": "", "layout, B": "", "rank, A": "d", "rank, B": "d"},
-    }
-    return Table("Every compressed layer of either", columns, rows)
+        tables.append(table("Every compressed layer", LAYER_COLUMNS, layers[""]))
+    return Section("Layers", WORDS, tables, layers_plot(layers))
 
 
 def _kernels(named: Mapping[str, Report]) -> Section:

@@ -15,7 +15,7 @@ from models import RECIPES, captured, case, compressed, ids
 from slimfx.passes.find_linears import find_linears, storage_key
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
 from slimfx.runtime.select import Form, Layer, select
-from slimfx.runtime.targets import pt2
+from slimfx.runtime.targets import aoti, pt2
 from torch.export import ExportedProgram
 
 import slimfx
@@ -181,6 +181,14 @@ def test_what_is_no_exported_program_is_refused(tmp_path: Path, name: str) -> No
     if name:
         path.write_bytes(b"x")
     with pytest.raises(ArtifactError, match=r"report on the \.pt2"):
+        report(path)
+
+
+def test_machine_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "compiled.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"model/{aoti._RECORD}", b"{}")
+    with pytest.raises(ArtifactError, match=r"report on the \.pt2 that it was made from"):
         report(path)
 
 
