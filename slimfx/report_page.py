@@ -164,12 +164,12 @@ def _layers(named: Mapping[str, Report]) -> Section:
 
 def _kernels(named: Mapping[str, Report]) -> Section:
     columns = {
-        "stored as": ("stored", ""),
-        "linears": ("linears", "d"),
         "device": ("device", ""),
         "rows of x": ("rows", ""),
         "kernel": ("kernel", ""),
+        "linears": ("linears", "d"),
         "why not those before it": ("why_not", ""),
+        "stored as": ("stored", ""),
     }
     tables = tuple(
         table(_captioned("Kernels by device", mark), columns, report.kernels)
