@@ -18,7 +18,7 @@ from slimfx.runtime import gpu_layout, interleave, select
 
 GPUS = {
     "NVIDIA from sm_80 on": select.Gpu("cuda", 80),
-    "any other GPU": select.Gpu("hip", "gfx942"),
+    "AMD gfx942": select.Gpu("hip", "gfx942"),
 }
 
 

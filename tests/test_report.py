@@ -96,6 +96,21 @@ def test_notes_of_a_layer_are_in_the_ledger(tmp_path: Path) -> None:
     assert [row.why for row in report(path).weights[: len(rows)]] == ["one; two"] * len(rows)
 
 
+def test_a_program_that_others_compressed_has_weights_without_a_report(tmp_path: Path) -> None:
+    program = compressed("mlp", "slim-q")
+    path = saved(with_manifest(program, layers=()), tmp_path / "imported.pt2")
+    found = report(path)
+    assert math.isclose(found.bits_per_weight, report_of(program, tmp_path).bits_per_weight)
+    shapes = {row.name: (row.shape, row.why) for row in found.weights[:2]}
+    why = "no report: slimfx did not compress it itself"
+    assert shapes == {"first": ("32 x 16", why), "second": ("8 x 32", why)}
+    assert found.kernels and found.to_pandas().empty
+
+
+def report_of(program: ExportedProgram, folder: Path) -> Report:
+    return report(saved(program, folder / "small.pt2"))
+
+
 def test_the_plan_said_the_same_bits(small: Report) -> None:
     planned = slimfx.plan(captured("llama"), RECIPES["slim-q"])
     assert math.isclose(small.bits_per_weight, planned.bits_per_weight)
