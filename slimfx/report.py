@@ -18,10 +18,11 @@ from torch.export import ExportedProgram
 
 from slimfx import tables
 from slimfx.check import target_of
-from slimfx.errors import ArtifactError
+from slimfx.errors import ArtifactError, SlimError
 from slimfx.evaluate import Quality, evaluate
 from slimfx.passes.compressed_linears import CompressedLinear
 from slimfx.passes.find_linears import PREFIX, find_linears, storage_key
+from slimfx.passes.inputs import tensor_inputs
 from slimfx.report_kernels import Kernel, kernels_of, linears_of
 from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import LayerReport, Manifest, manifest_of
@@ -135,6 +136,7 @@ def report(path: str | Path, *, text: Any = None, samples: int | None = None) ->
     Raises:
         ArtifactError: missing, damaged or unsafe, or machine code, which has no layers.
         CalibrationError: too little text, or no tokenizer.
+        SlimError: a text for an encoder.
     """
     path = Path(path)
     if path.is_dir() or target_of(path) != "pt2":
@@ -153,7 +155,7 @@ def report(path: str | Path, *, text: Any = None, samples: int | None = None) ->
         weights=tuple(_weights(held, shared, left, manifest, sizes)),
         kernels=kernels_of(linears),
         golden=golden,
-        quality=None if text is None else evaluate(program, text, samples=samples),
+        quality=_perplexity(program, text, samples),
     )
 
 
@@ -163,11 +165,22 @@ def dense_report(
     """What there is to say of a program before compression: the bytes of its tensors, its quality.
 
     Raises:
-        CalibrationError: as `report`.
+        CalibrationError, SlimError: as `report`.
     """
-    quality = None if text is None else evaluate(program, text, samples=samples)
     size = sum(tensor.nbytes for tensor in _held(program)[0].values())
+    quality = _perplexity(program, text, samples)
     return Report(name, size, Manifest(), (), (), (), "", quality)
+
+
+def _perplexity(program: ExportedProgram, text: Any, samples: int | None) -> Quality | None:
+    if text is None:
+        return None
+    if "attention_mask" in tensor_inputs(program):
+        raise SlimError(
+            "a program that takes an attention_mask is an encoder, which has no perplexity; leave "
+            "the text out, and compare it with the dense model by: slimfx eval --dense"
+        )
+    return evaluate(program, text, samples=samples)
 
 
 def _checked(manifest: Manifest, name: str) -> Manifest:

@@ -190,6 +190,12 @@ def test_perplexity_is_that_of_evaluate(tmp_path: Path) -> None:
     assert dense.bytes == sum(tensors_of(captured("llama")).values())
 
 
+def test_an_encoder_has_no_perplexity() -> None:
+    with pytest.raises(SlimError, match="has no perplexity; leave the text out"):
+        dense_report(captured("bert"), "dense", text=ids(1, 300))
+    assert dense_report(captured("bert"), "dense").quality is None
+
+
 @pytest.mark.parametrize("name", ["", "model.onnx", "model.pte"])
 def test_what_is_no_exported_program_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
