@@ -26,6 +26,7 @@ from slimfx import (
     cli_bench_model,
     cli_export,
     cli_finetune,
+    cli_report,
     journal,
     show,
     tasks,
@@ -51,6 +52,7 @@ app.command(epilog=cli_export.TARGET_TABLE)(cli_export.export)
 app.command("import")(cli_export.import_checkpoint)
 app.command()(cli_export.check)
 app.command()(cli_finetune.finetune)
+app.command("report")(cli_report.write_report)
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
 Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]

@@ -55,6 +55,7 @@ _EXTRAS = {
     "torchao": "executorch",
     "triton": "triton",
     "matplotlib": "plots",
+    "pandas": "notebook",
 }
 
 

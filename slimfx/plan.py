@@ -6,12 +6,14 @@ import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from slimfx import tables
 from slimfx.errors import PlanError
 from slimfx.methods.masks import NofM
 from slimfx.passes.base import input_specs, lifted_tensor
@@ -87,6 +89,32 @@ class Plan:
         rows = [row for row in self.rows if not row.skipped]
         weights = sum(row.out_features * row.in_features for row in rows)
         return 8 * sum(row.bytes_after for row in rows) / weights if weights else math.nan
+
+    def _repr_html_(self) -> str:
+        """A row for each linear, in notebooks."""
+        caption = f"{self.bytes_before:,} bytes become {self.bytes_after:,}"
+        return tables.table(caption, _COLUMNS, self.rows).html()
+
+    def to_pandas(self) -> Any:
+        """A data frame with a row for each linear.
+
+        Raises:
+            SlimError: pandas is not installed.
+        """
+        return tables.to_pandas(PlanRow, self.rows)
+
+
+_COLUMNS = {
+    "layer": ("name", ""),
+    "out": ("out_features", ",d"),
+    "in": ("in_features", ",d"),
+    "layout": ("layout", ""),
+    "rank": ("rank", "d"),
+    "method": ("method", ""),
+    "before": ("bytes_before", ",d"),
+    "after": ("bytes_after", ",d"),
+    "why it stays": ("skipped", ""),
+}
 
 
 def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
