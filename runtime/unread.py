@@ -6,6 +6,7 @@ names of it share the storage and so the place; ops refuse it, `read` makes a te
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -142,6 +143,13 @@ def places(path: Path) -> dict[str, Place]:
         }
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ArtifactError(f"{path}: not a safetensors file that can be read ({error})") from error
+
+
+def give_back() -> None:
+    """Return what was freed to the system; glibc keeps pages that others lie between."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class ReadingInterpreter(Interpreter):

@@ -6,7 +6,7 @@ therefore sees the output of the compressed block i.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -110,12 +110,11 @@ def observe(
 
 
 @torch.no_grad()
-def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
-    """Run a block with other weights (parameter name -> tensor) and stand before the next one."""
+def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Iterator[Values]:
+    """Run a block with other weights (parameter name -> tensor): each batch's values behind it."""
     changed = read_block(with_weights(walk, weights), block)  # what is replaced is not read
-    return replace(
-        walk, batches=[run(changed, block, values, keep=block.live_out) for values in walk.batches]
-    )
+    for values in walk.batches:
+        yield run(changed, block, values, keep=block.live_out)
 
 
 def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
@@ -149,7 +148,8 @@ def run(
     place are copies, so that it can be run again. Gradients are kept as the caller has it.
     """
     written = written_nodes(block.nodes)
-    env = {node: _copy(value) if node in written else value for node, value in values.items()}
+    env = {node: read_value(value) for node, value in values.items()}
+    env |= {node: _copy(value) for node, value in env.items() if node in written}
     last_use = {source: node for node in block.nodes for source in node.all_input_nodes}
     inside, watch = set(block.nodes), watch or {}
 

@@ -43,7 +43,7 @@ from slimfx.runtime.pack import (
     pack_bitmask,
     pack_codes,
 )
-from slimfx.runtime.unread import place_of, read
+from slimfx.runtime.unread import give_back, place_of, read
 from slimfx.solve import Solution, learnable, learned_solution, solve
 from slimfx.steps import LayerRecipe
 from slimfx.tune import tune
@@ -148,12 +148,15 @@ def _blocks(job: _Job, walk: Walk, journal: Journal | None, tell: Progress) -> I
         before, share = sum(sizes[:number]) / sum(sizes), sizes[number] / sum(sizes)
         told = partial(_tell_share, tell, before, share)
         found, batches = _block(job, walk, block, told, more=number < last)
-        walk = replace(walk, batches=batches)
         missed += _unreached(found)
         _check_coverage(missed, len(job.sites), job.recipe.calibration.min_coverage)
-        if journal is not None:
+        if journal is None:
+            walk = replace(walk, batches=list(batches))
+        else:
             write(journal, number, found, batches)
             found = layers_of(journal, number)
+            walk = replace(walk, batches=batches_after(journal, number, job.program))
+        give_back()
         yield found
 
 
@@ -163,7 +166,7 @@ def _tell_share(tell: Progress, before: float, share: float, done: float, what: 
 
 def _block(
     job: _Job, walk: Walk, block: Block, tell: Progress, *, more: bool
-) -> tuple[Layers, list[Values]]:
+) -> tuple[Layers, Iterator[Values]]:
     """The compressed layers of a block and, if there are `more`, what reaches the next one."""
     program, layers = job.program, job.layers
     tell(0.0, block.name or "model")
@@ -188,7 +191,7 @@ def _block(
         weights |= _as_stored(program, site, solution)
         report = _report(job.rows[site.name], solution, stats[site.name].tokens)
         found[site.name] = pack(solution, layers[site.name], _bias(program, site)), report
-    return found, calibrate.advance(walk, block, weights).batches if more else []
+    return found, calibrate.advance(walk, block, weights) if more else iter(())
 
 
 def _unreached(layers: Layers) -> list[str]:

@@ -2,7 +2,7 @@
 
     job.json                what it is a journal of; another job is refused
     block-3.safetensors     the compressed layers of a block
-    live-3.safetensors      what later blocks read, of the last finished block alone
+    live-3-0.safetensors    what later blocks read of a batch, behind the last finished block alone
     block-3.json            their reports, and that the block is finished: written last
 
 Each file is written under another name, flushed and renamed.
@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ Layers = dict[str, tuple[PackedLinear, LayerReport]]
 
 _TYPES = {t.__name__: t for t in (Packed24, PackedBitmask, PackedDense, PackedLinear, LayerReport)}
 _JOB = "job.json"
+_RANDOM = "random state"
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,20 @@ def finished(journal: Journal) -> int:
     return number
 
 
-def write(journal: Journal, number: int, layers: Layers, batches: list[Values]) -> None:
+def write(journal: Journal, number: int, layers: Layers, batches: Iterable[Values]) -> None:
     """Finish a block: its layers, and for each batch the values that later blocks read."""
-    tensors: dict[str, Tensor] = {}
-    described = {name: _plain(list(found), name, tensors) for name, found in layers.items()}
-    live: dict[str, Tensor] = {"random state": torch.get_rng_state()}
-    values = [
-        {node.name: _plain(value, f"{i} {node.name}", live) for node, value in each.items()}
-        for i, each in enumerate(batches)
-    ]
-    _write_tensors(_file(journal, "block", number), tensors)
-    _write_tensors(_file(journal, "live", number), live)
+    values = []
+    for i, each in enumerate(batches):
+        live: dict[str, Tensor] = {}
+        values.append({node.name: _plain(value, node.name, live) for node, value in each.items()})
+        _write_tensors(_file(journal, f"live-{number}-{i}"), live)
+    tensors = {_RANDOM: torch.get_rng_state()}
+    described = {name: _plain(found, name, tensors) for name, found in layers.items()}
+    _write_tensors(_file(journal, f"block-{number}"), tensors)
     marker = {"layers": described, "batches": values}
     _write(journal.folder / f"block-{number}.json", json.dumps(marker).encode())
-    _file(journal, "live", number - 1).unlink(missing_ok=True)
+    for passed in journal.folder.glob(f"live-{number - 1}-*"):
+        passed.unlink()
 
 
 def layers_of(journal: Journal, number: int) -> Layers:
@@ -130,24 +131,25 @@ def layers_of(journal: Journal, number: int) -> Layers:
         JournalError: the marker is damaged.
         ArtifactError: the tensors are.
     """
-    found = places(_file(journal, "block", number))
-    tensors = {name: unread(place, place.dtype) for name, place in found.items()}
+    tensors = _unread(journal, f"block-{number}")
     described = _json(journal.folder / f"block-{number}.json")["layers"]
     return {name: _built(each, tensors) for name, each in described.items()}
 
 
 def batches_after(journal: Journal, number: int, program: ExportedProgram) -> list[Values]:
-    """What later blocks read, and the random state, as they were when the block was finished.
+    """What later blocks read, left unread; random state is as when the block was finished.
 
     Raises:
         JournalError, ArtifactError: as `layers_of`.
     """
-    found = places(_file(journal, "live", number))
-    live = {name: read(unread(place, place.dtype)) for name, place in found.items()}
-    torch.set_rng_state(live["random state"])
+    torch.set_rng_state(read(_unread(journal, f"block-{number}")[_RANDOM]))
     nodes = {node.name: node for node in program.graph.nodes}
     batches = _json(journal.folder / f"block-{number}.json")["batches"]
-    return [{nodes[name]: _built(v, live) for name, v in each.items()} for each in batches]
+    found = []
+    for i, each in enumerate(batches):
+        live = _unread(journal, f"live-{number}-{i}")
+        found.append({nodes[name]: _built(value, live) for name, value in each.items()})
+    return found
 
 
 def digest(named: Mapping[str, Tensor]) -> str:
@@ -163,43 +165,38 @@ def digest(named: Mapping[str, Tensor]) -> str:
 def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A value as JSON has it, its tensors put aside under names that begin with `name`."""
     if isinstance(value, Tensor):
-        stretched = [stride == 0 and size > 1 for size, stride in _dims(value)]
-        core = value.detach()[tuple(slice(0, 1) if s else slice(None) for s in stretched)]
+        first = tuple(slice(1) if stride == 0 else slice(None) for stride in value.stride())
+        core = value.detach()[first]  # of a dimension that repeats itself
         tensors[name] = core.clone(memory_format=torch.contiguous_format)
-        return {"tensor": name, "size": list(value.shape), "stride": list(value.stride())}
+        return {"tensor": name, "size": list(value.shape)}
     if is_dataclass(value):
-        parts = {
-            f.name: _plain(getattr(value, f.name), f"{name} {f.name}", tensors)
-            for f in fields(value)
-        }
-        return {"type": type(value).__name__, **parts}
+        parts = {f.name: getattr(value, f.name) for f in fields(value)}
+        own = {part: _plain(v, f"{name} {part}", tensors) for part, v in parts.items()}
+        return {"type": type(value).__name__, **own}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{name} {i}", tensors) for i, item in enumerate(value)]
     return value
 
 
 def _built(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_plain` was given; tensors with the strides they had, unless they are unread."""
+    """What `_plain` was given."""
     if isinstance(data, list):
         return tuple(_built(item, tensors) for item in data)
     if not isinstance(data, dict):
         return data
-    if "type" in data:
-        kind = _TYPES[data["type"]]
-        return kind(**{k: _built(v, tensors) for k, v in data.items() if k != "type"})
-    core = tensors[data["tensor"]]
-    if core.is_meta:
-        return core
-    made = torch.empty_strided(core.shape, data["stride"], dtype=core.dtype).copy_(core)
-    return made.expand(data["size"])
+    if "tensor" in data:
+        return tensors[data["tensor"]].expand(data["size"])
+    kind = _TYPES[data["type"]]
+    return kind(**{key: _built(v, tensors) for key, v in data.items() if key != "type"})
 
 
-def _dims(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    return zip(tensor.shape, tensor.stride(), strict=True)
+def _unread(journal: Journal, name: str) -> dict[str, Tensor]:
+    found = places(_file(journal, name))
+    return {key: unread(place, place.dtype) for key, place in found.items()}
 
 
-def _file(journal: Journal, kind: str, number: int) -> Path:
-    return journal.folder / f"{kind}-{number}.safetensors"
+def _file(journal: Journal, name: str) -> Path:
+    return journal.folder / f"{name}.safetensors"
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

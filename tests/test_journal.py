@@ -176,16 +176,16 @@ def test_a_full_disk_is_an_error_and_loses_no_block(
         torch.randn(1, 4).expand(5, 4),
         torch.randn(2, 1, 4).expand(2, 3, 4).transpose(0, 2),
         torch.randn(6, 8)[:, 2:5],
-        torch.tensor(3),
+        torch.tensor(3.0),
         torch.zeros(0, 4),
     ],
 )
-def test_values_keep_their_strides(tensor: torch.Tensor) -> None:
+def test_values_come_back_and_repeat_nothing(tensor: torch.Tensor) -> None:
     aside: dict[str, torch.Tensor] = {}
     described = json.loads(json.dumps(_plain([tensor, 3, "x", None], "v", aside)))
     again, *rest = _built(described, aside)
     assert torch.equal(again, tensor)
-    assert again.stride() == tensor.stride()
+    assert sum(part.numel() for part in aside.values()) <= tensor.untyped_storage().nbytes() // 4
     assert rest == [3, "x", None]
 
 
@@ -205,15 +205,17 @@ def kill_and_resume(folder: Path, times: int, seed: int) -> None:
     draw, fork, deaths = random.Random(seed), multiprocessing.get_context("fork"), 0
     while deaths < times:
         (folder / NAME).unlink()
+        longest = seconds
         while True:
             finished = journal.finished(Journal(folder / "journal"))
-            work = fork.Process(target=killed, args=(folder, draw.uniform(0.01, 1.0) * seconds))
+            work = fork.Process(target=killed, args=(folder, draw.uniform(0.01, longest)))
             work.start()
             work.join(60)
             if work.exitcode == 0:
                 break
             assert work.exitcode == -signal.SIGKILL
             deaths += 1
+            longest *= 1.3  # where the machine has become slow, too, one ends
             if not (folder / NAME).exists():  # killed while the journal was removed
                 assert journal.finished(Journal(folder / "journal")) >= finished
         assert [path.name for path in folder.iterdir()] == [NAME]
