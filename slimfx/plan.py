@@ -96,7 +96,7 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     recipe = Recipe.load(recipe)
     sites = find_linears(program)
     _refuse_problems(sites, recipe)
-    rows = tuple(_row(site, recipe.for_layer(site.name)) for site in sites)
+    rows = tuple(row_of(site, recipe.for_layer(site.name)) for site in sites)
     compressed = {site.fqn for site, row in zip(sites, rows, strict=True) if not row.skipped}
     linears = {storage_key(program.state_dict[s.fqn], s.fqn) for s in sites}
     other = sum(_nbytes(tensor) for key, tensor in _storages(program).items() if key not in linears)
@@ -112,7 +112,7 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     )
 
 
-def _row(site: Site, how: LayerRecipe | None) -> PlanRow:
+def row_of(site: Site, how: LayerRecipe | None) -> PlanRow:
     N, K = site.out_features, site.in_features
     before = N * K * site.dtype.itemsize
     if how is None:
@@ -188,7 +188,7 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
         (site.name, problem)
         for site in sites
         if (how := recipe.for_layer(site.name)) is not None
-        for problem in _problems(site, how)
+        for problem in problems_of(site, how)
     ]
     if not any(recipe.for_layer(site.name) for site in sites):
         names = ", ".join(site.name for site in sites[:3]) or "the program has no linear layer"
@@ -201,7 +201,7 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
         )
 
 
-def _problems(site: Site, how: LayerRecipe) -> Iterable[str]:
+def problems_of(site: Site, how: LayerRecipe) -> Iterable[str]:
     N, K = site.out_features, site.in_features
     if site.other_readers:
         yield (
