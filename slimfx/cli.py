@@ -24,6 +24,7 @@ from slimfx import (
     cli_bench,
     cli_bench_kernels,
     cli_bench_model,
+    cli_budget,
     cli_export,
     cli_finetune,
     show,
@@ -56,6 +57,15 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 RecipeOption = Annotated[
     str,
     typer.Option("--recipe", "-r", help="a preset such as slim or joint-q, or a YAML file."),
+]
+BaseRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="a preset such as slim or joint-q, or a YAML file. Default: joint; with a budget "
+        "joint-q, whose layouts and ranks are searched.",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -143,22 +153,32 @@ def plan(model: Model, recipe: RecipeOption = "joint", as_json: Json = False) ->
 def compress(
     model: Model,
     output: Output,
-    recipe: RecipeOption = "joint",
+    recipe: BaseRecipe = None,
     data: Data = None,
+    bits: cli_budget.Bits = None,
+    target_size: cli_budget.TargetSize = None,
+    max_loss: cli_budget.MaxLoss = None,
+    text: cli_budget.Text = None,
+    layouts: cli_budget.Layouts = None,
     form: Form = "op",
     as_json: Json = False,
 ) -> None:
     """Compress a model and write it with its report.
 
-    Example: slimfx compress examples/demo_lm -o small.pt2 --recipe slim --form aten
+    Example: slimfx compress examples/demo_lm -o small.pt2 --bits 3.4 --form aten
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
-    with show.line("compress") as tell:
+    target = cli_budget.target_of(bits, target_size, max_loss)
+    with show.line("search" if target else "compress") as tell:
         program = _program(model)
-        planned = slimfx.plan(program, recipe)
+        chosen = cli_budget.recipe_for(
+            *(program, recipe, data, target), text=text, layouts=layouts, progress=tell
+        )
+    with show.line("compress") as tell:
+        planned = slimfx.plan(program, chosen)
         small = slimfx.compress(
-            program, recipe, data, progress=lambda share, what: tell(0.1 + 0.7 * share, what)
+            program, chosen, data, progress=lambda share, what: tell(0.1 + 0.7 * share, what)
         )
         tell(0.8, f"write {output}")
         size = slimfx.save(small, output, form=form)

