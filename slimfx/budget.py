@@ -25,7 +25,7 @@ from slimfx.sensitivity import is_language_model
 from slimfx.steps import LayerRecipe, Override
 
 _TRIES, _CLOSE = 4, 0.9
-"""Compressions at most until a loss holds, and the share of it that is near enough."""
+"""Attempts at most until a size or loss holds, and the share of a loss that is near enough."""
 _WINDOWS = 48
 """Of held-out text."""
 
@@ -102,18 +102,22 @@ def _within(search: Candidates, limit: float) -> list[Candidate] | None:
 
 def _within_size(program: ExportedProgram, size: float, base: Recipe, search: Candidates) -> Recipe:
     """The recipe whose file, with all that stays in it, is planned to have at most `size` bytes."""
-    recipe = _recipe(base, search, _smallest(search))
-    least = plan(program, recipe).file_bytes
-    limit = size - least + sum(c.bytes for c in _smallest(search))
-    while chosen := _within(search, limit):
+    chosen: list[Candidate] | None = _smallest(search)
+    best, largest, least = None, 0, 0
+    for _ in range(_TRIES):  # how much else is in the file depends a little on the choice
+        if chosen is None:
+            break
         recipe = _recipe(base, search, chosen)
-        over = plan(program, recipe).file_bytes - size
-        if over <= 0:
-            return recipe
-        limit -= over
-    raise BudgetError(
-        f"a file of {int(size):,} bytes is impossible; the nearest possible is {least:,}"
-    )
+        planned = plan(program, recipe).file_bytes
+        least = least or planned
+        if largest < planned <= size:
+            best, largest = recipe, planned
+        chosen = _within(search, size - planned + sum(c.bytes for c in chosen))
+    if best is None:
+        raise BudgetError(
+            f"a file of {int(size):,} bytes is impossible; the nearest possible is {least:,}"
+        )
+    return best
 
 
 def _within_loss(

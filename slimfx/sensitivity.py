@@ -90,10 +90,10 @@ def _tokens(logits: Tensor, draw: torch.Generator) -> Tensor:
 def _signs(answer: Tensor, mask: Tensor | None, draw: torch.Generator) -> Tensor:
     """Random signs over the root of the answer's sum of squares in a row; none for padding."""
     signs = torch.randint(0, 2, answer.shape, generator=draw).to(answer) * 2 - 1
-    size = answer.square().sum(-1).mean().clamp_min(1e-30).sqrt()
     if mask is not None and answer.shape[: mask.dim()] == mask.shape:
-        signs = signs * (mask != 0).view(*mask.shape, *[1] * (answer.dim() - mask.dim()))
-    return signs / size
+        counts = (mask != 0).view(*mask.shape, *[1] * (answer.dim() - mask.dim()))
+        signs, answer = signs * counts, answer * counts
+    return signs / answer.square().sum(-1).mean().clamp_min(1e-30).sqrt()
 
 
 def _backward(
