@@ -74,10 +74,19 @@ def fit(
     if target.loss is not None and not is_language_model(program):
         raise BudgetError("a loss is one of perplexity, which needs a language model; give a size")
     search = candidates(program, calibration, recipe=base, layouts=layouts, progress=tell)
-    if target.size is not None:
-        return _within_size(program, target.size, base, search)
     if target.loss is not None:
         return _within_loss(program, target.loss, base, search, (calibration, text, tell))
+    return choose(program, target, base, search)
+
+
+def choose(program: ExportedProgram, target: Target, base: Recipe, search: Candidates) -> Recipe:
+    """The recipe for bits or a size out of a search that was made before, for any of them.
+
+    Raises:
+        BudgetError: as `fit`.
+    """
+    if target.size is not None:
+        return _within_size(program, target.size, base, search)
     assert target.bits is not None
     weights = sum(site.out_features * site.in_features for site in linears_of(program, base))
     chosen = _within(search, target.bits * weights / 8)

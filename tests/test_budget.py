@@ -170,7 +170,7 @@ def test_what_cannot_be_searched_is_refused_before_any_work() -> None:
         fit(program, Target(bits=4), batches, layouts=["int5"])
     with pytest.raises(BudgetError, match="skips every linear"):
         fit(program, Target(bits=4), batches, recipe=dataclasses.replace(JOINT, skip=("*",)))
-    with pytest.raises(BudgetError, match="its weight .* is also read by"):
+    with pytest.raises(BudgetError, match=r"its weight .* is also read by"):
         everything = dataclasses.replace(JOINT, skip=())
         fit(captured("qwen2"), Target(bits=4), case("qwen2").batches, recipe=everything)
     with pytest.raises(BudgetError, match="needs a language model"):

@@ -1,6 +1,6 @@
 """The choice over all places, beside trying every combination."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +26,7 @@ def largest_step(places: list[list[Option]]) -> float:
     gains = [0.0]
     for place in places:
         corners = [place[i].value for i in hull(place)]
-        gains += [a - b for a, b in zip(corners, corners[1:], strict=False)]
+        gains += [a - b for a, b in pairwise(corners)]
     return max(gains)
 
 
