@@ -21,7 +21,9 @@ from slimfx.recipe import Calibration, Recipe
 
 JOINT = Recipe.preset("joint-q")
 QUICK = dataclasses.replace(
-    JOINT, calibration=Calibration(samples=8, length=64), skip=("lm_head", "*.layers.[1-5].*")
+    JOINT,
+    calibration=Calibration(samples=8, length=64),
+    skip=("lm_head", "*.layers.[2-5].*", "*.mlp.*"),
 )
 
 
