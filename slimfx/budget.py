@@ -106,7 +106,11 @@ def _within(search: Candidates, limit: float) -> list[Candidate] | None:
     """The candidates of all layers with the least loss in so many bytes; None if none fit."""
     places = [[Option(c.bytes, c.loss) for c in each] for each in search.values()]
     chosen = allocate(places, limit)
-    return chosen and [each[i] for each, i in zip(search.values(), chosen, strict=True)]
+    return None if chosen is None else _picked(search, chosen)
+
+
+def _picked(search: Candidates, chosen: Sequence[int]) -> list[Candidate]:
+    return [each[i] for each, i in zip(search.values(), chosen, strict=True)]
 
 
 def _within_size(program: ExportedProgram, size: float, base: Recipe, search: Candidates) -> Recipe:
@@ -146,7 +150,7 @@ def _within_loss(
         tell(1.0, f"try {attempt + 1}")
         chosen = allocate(places, allowed)
         assert chosen is not None  # every layer may stay as it is
-        recipe = _recipe(base, search, [c[i] for c, i in zip(search.values(), chosen, strict=True)])
+        recipe = _recipe(base, search, _picked(search, chosen))
         small = compress(program, recipe, calibration)
         found = math.log(evaluate(small, text, samples=_WINDOWS).value / dense)
         nearest = min(nearest, found)
