@@ -149,7 +149,8 @@ def _within_loss(
     for attempt in range(_TRIES):
         tell(1.0, f"try {attempt + 1}")
         chosen = allocate(places, allowed)
-        assert chosen is not None  # every layer may stay as it is
+        if chosen is None:
+            break
         recipe = _recipe(base, search, _picked(search, chosen))
         small = compress(program, recipe, calibration)
         found = math.log(evaluate(small, text, samples=_WINDOWS).value / dense)
@@ -163,8 +164,8 @@ def _within_loss(
         allowed = _next(allowed * limit / found if found > 0 else 2 * allowed, holds, fails)
     if best is None:
         raise BudgetError(
-            f"a loss of {loss:.2%} was not reached; the nearest that was is "
-            f"{math.expm1(nearest):.2%}; start from a smaller one, or give a size"
+            f"a loss of {loss:.2%} was not reached in {_TRIES} attempts; the nearest possible "
+            f"that was found is {math.expm1(nearest):.2%}; give that, or a size"
         )
     return best
 
@@ -186,8 +187,8 @@ def _recipe(base: Recipe, search: Candidates, chosen: Sequence[Candidate]) -> Re
     pairs = sorted(zip(search, chosen, strict=True), key=lambda pair: len(pair[0]))
     if all(choice.how is None for _, choice in pairs):
         raise BudgetError(
-            f"the layers as they are fit into the budget, with {sum(c.bytes for c in chosen):,} "
-            f"bytes; nothing is to be compressed"
+            f"the best within the budget is the layers as they are, {sum(c.bytes for c in chosen):,}"
+            f" bytes; nothing is to be compressed"
         )
     return dataclasses.replace(
         base,
@@ -205,5 +206,5 @@ def _override(name: str, how: LayerRecipe) -> Override:
         match=escape(name),  # patterns also match the end of a name: shorter names come first
         prune=how.prune and dataclasses.asdict(how.prune),
         quantize={"bits": how.quantize.bits},
-        adapter=how.adapter and {"rank": how.adapter.rank},
+        adapter=how.adapter and dataclasses.asdict(how.adapter),
     )
