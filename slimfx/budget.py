@@ -187,7 +187,7 @@ def _recipe(base: Recipe, search: Candidates, chosen: Sequence[Candidate]) -> Re
     pairs = sorted(zip(search, chosen, strict=True), key=lambda pair: len(pair[0]))
     if all(choice.how is None for _, choice in pairs):
         raise BudgetError(
-            f"the best within the budget is the layers as they are, {sum(c.bytes for c in chosen):,}"
+            f"the best in the budget is the layers as they are, {sum(c.bytes for c in chosen):,}"
             f" bytes; nothing is to be compressed"
         )
     return dataclasses.replace(
