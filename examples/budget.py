@@ -1,7 +1,7 @@
 """Perplexity against bits a weight: what a search chooses, and one setting for all layers.
 
-python examples/budget.py CALIBRATION TEXT [JSON [PICTURE]]: for each number of bits the recipe of
-`slimfx compress --bits`, then each layout with the largest rank that fits (`joint` with int4
+python examples/budget.py CALIBRATION TEXT [JSON [PICTURE [WINDOWS]]]: for each number of bits the
+recipe of `slimfx compress --bits`, then each layout with the largest rank that fits (`joint` with int4
 adapters). Rows are in the JSON as soon as they are measured; takes a quarter of an hour.
 """
 
@@ -54,10 +54,17 @@ def uniform(dense, layout: str, bits: float) -> Recipe | None:  # type: ignore[n
     return best
 
 
-def main(calibration: str, text: str, output: str = "budget.json", picture: str = "") -> None:
+def main(
+    calibration: str,
+    text: str,
+    output: str = "budget.json",
+    picture: str = "",
+    windows: str = "48",
+) -> None:
     """Every row, and the picture."""
+    samples = int(windows)
     dense, base = slimfx.capture(HERE / "demo_lm"), Recipe.preset("joint-q")
-    rows = [Row("dense", 16, 16, slimfx.evaluate(dense, text, samples=48).value, 0, 0)]
+    rows = [Row("dense", 16, 16, slimfx.evaluate(dense, text, samples=samples).value, 0, 0)]
     with show.line("budget") as tell:
         began = time.process_time()
         found = candidates(dense, calibration, recipe=base, progress=tell)
@@ -71,7 +78,7 @@ def main(calibration: str, text: str, output: str = "budget.json", picture: str 
             size, began = slimfx.plan(dense, recipe).bits_per_weight, time.process_time()
             small = slimfx.compress(dense, recipe, calibration)
             spent = time.process_time() - began
-            quality = slimfx.evaluate(small, text, samples=48).value
+            quality = slimfx.evaluate(small, text, samples=samples).value
             search = searched if setting == "search" else 0
             rows.append(Row(setting, bits, size, quality, search, spent))
             Path(output).write_text(record(rows) + "\n", encoding="utf-8")
