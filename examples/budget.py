@@ -1,8 +1,8 @@
 """Perplexity against bits a weight: what a search chooses, and one setting for all layers.
 
 python examples/budget.py CALIBRATION TEXT [JSON [PICTURE [WINDOWS]]]: for each number of bits the
-recipe of `slimfx compress --bits`, then each layout with the largest rank that fits (`joint` with int4
-adapters). Rows are in the JSON as soon as they are measured; takes a quarter of an hour.
+recipe of `slimfx compress --bits`, then each layout with the largest rank that fits (preset
+joint-q). Rows are in the JSON as soon as they are measured; takes a quarter of an hour.
 """
 
 import dataclasses
