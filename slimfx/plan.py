@@ -113,6 +113,7 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
 
 
 def row_of(site: Site, how: LayerRecipe | None) -> PlanRow:
+    """A linear under its recipe, its bytes exact; None leaves it as it is."""
     N, K = site.out_features, site.in_features
     before = N * K * site.dtype.itemsize
     if how is None:
@@ -202,6 +203,7 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
 
 
 def problems_of(site: Site, how: LayerRecipe) -> Iterable[str]:
+    """Why the recipe cannot compress a linear, each with the line of a recipe that solves it."""
     N, K = site.out_features, site.in_features
     if site.other_readers:
         yield (
