@@ -24,6 +24,7 @@ from slimfx import (
     cli_bench,
     cli_bench_kernels,
     cli_bench_model,
+    cli_budget,
     cli_export,
     cli_finetune,
     cli_report,
@@ -60,6 +61,15 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 RecipeOption = Annotated[
     str,
     typer.Option("--recipe", "-r", help="a preset such as slim or joint-q, or a YAML file."),
+]
+BaseRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="a preset such as slim or joint-q, or a YAML file. Default: joint; with a budget "
+        "joint-q, whose layouts and ranks are searched.",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -147,24 +157,35 @@ def plan(model: Model, recipe: RecipeOption = "joint", as_json: Json = False) ->
 def compress(
     model: Model,
     output: Output,
-    recipe: RecipeOption = "joint",
+    recipe: BaseRecipe = None,
     data: Data = None,
+    bits: cli_budget.Bits = None,
+    target_size: cli_budget.TargetSize = None,
+    max_loss: cli_budget.MaxLoss = None,
+    text: cli_budget.Text = None,
+    layouts: cli_budget.Layouts = None,
     form: Form = "op",
     as_json: Json = False,
 ) -> None:
     """Compress a model and write it with its report; the same command goes on where a killed one
     was.
 
-    Example: slimfx compress examples/demo_lm -o small.pt2 --recipe slim --form aten
+    Example: slimfx compress examples/demo_lm -o small.pt2 --bits 3.4 --form aten
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
+    target = cli_budget.target_of(bits, target_size, max_loss)
+    read = is_artifact(model) or target is not None  # a search reads all weights more than once
+    with show.line("search" if target else "compress") as tell:
+        program = _program(model) if read else slimfx.capture(model, weights="unread")
+        chosen = cli_budget.recipe_for(
+            *(program, recipe, data, target), text=text, layouts=layouts, progress=tell
+        )
     folder = output.with_name(f".{output.name}.journal")
     with journal.opened(folder) as book, show.line("compress") as tell:
-        program = _program(model) if is_artifact(model) else slimfx.capture(model, weights="unread")
-        planned = slimfx.plan(program, recipe)
+        planned = slimfx.plan(program, chosen)
         small = slimfx.compress(
-            *(program, recipe, data),
+            *(program, chosen, data),
             progress=lambda share, what: tell(0.1 + 0.7 * share, what),
             journal=book,
         )

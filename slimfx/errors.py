@@ -20,6 +20,10 @@ class PlanError(SlimError):
     """The recipe does not fit the program; every problem is listed with the line that solves it."""
 
 
+class BudgetError(SlimError):
+    """A size or loss that cannot be reached, or a recipe that cannot be searched from."""
+
+
 class CalibrationError(SlimError):
     """The calibration data is missing, too short, or makes activations that are not finite."""
 

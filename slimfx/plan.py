@@ -131,7 +131,7 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     rows = tuple(
         _head_row(site, tables[site.fqn])
         if site.fqn in tables
-        else _row(site, recipe.for_layer(site.name))
+        else row_of(site, recipe.for_layer(site.name))
         for site in sites
     )
     compressed = {site.fqn for site, row in zip(sites, rows, strict=True) if not row.skipped}
@@ -192,7 +192,8 @@ def _head_row(site: Site, table: Table) -> PlanRow:
     )
 
 
-def _row(site: Site, how: LayerRecipe | None) -> PlanRow:
+def row_of(site: Site, how: LayerRecipe | None) -> PlanRow:
+    """A linear under its recipe, its bytes exact; None leaves it as it is."""
     N, K = site.out_features, site.in_features
     before = N * K * site.dtype.itemsize
     if how is None or site.routes:
@@ -269,7 +270,7 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
         (site.name, problem)
         for site in sites
         if (how := recipe.for_layer(site.name)) is not None and not site.routes
-        for problem in _problems(site, how)
+        for problem in problems_of(site, how)
     ]
     if not any(recipe.for_layer(site.name) for site in sites):
         names = ", ".join(site.name for site in sites[:3]) or "the program has no linear layer"
@@ -282,7 +283,8 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
         )
 
 
-def _problems(site: Site, how: LayerRecipe) -> Iterable[str]:
+def problems_of(site: Site, how: LayerRecipe) -> Iterable[str]:
+    """Why the recipe cannot compress a linear, each with the line of a recipe that solves it."""
     N, K = site.out_features, site.in_features
     if site.other_readers:
         yield (

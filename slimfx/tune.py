@@ -86,7 +86,7 @@ def tune(
         return found
 
     least, best = total(), start
-    with _gradients(block):
+    with gradients(block):
         _descend(learned, loss, len(targets), epochs, rate, seed)
     if total() < least:
         best = {
@@ -115,7 +115,7 @@ def _descend(
 
 
 @contextlib.contextmanager
-def _gradients(block: Block) -> Iterator[None]:
+def gradients(block: Block) -> Iterator[None]:
     """Record gradients, also past operations that overwrite what the backward pass needs."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
