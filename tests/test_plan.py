@@ -34,7 +34,7 @@ from torch.export import ExportedProgram
 import slimfx
 from slimfx.errors import PlanError, SlimError
 from slimfx.plan import Plan, PlanRow, adapter_layout, layout_of, scale_count
-from slimfx.recipe import Recipe
+from slimfx.recipe import Calibration, Recipe
 from slimfx.steps import Adapter, Inputs, LayerRecipe, Override, Prune, Quantize, Solve, Transform
 
 README = Path(__file__).parents[1] / "README.md"
@@ -230,6 +230,16 @@ def test_what_costs_nothing_in_the_layer_changes_no_byte(wide: ExportedProgram) 
 def test_memory_holds_at_least_the_program_before_and_after(wide: ExportedProgram) -> None:
     planned = slimfx.plan(wide)
     assert planned.peak_memory >= planned.bytes_before + planned.bytes_after + 4 * 384 * 128
+
+
+def test_memory_of_a_folder_is_that_of_its_largest_block(tmp_path: Path) -> None:
+    def peak(layers: int, samples: int = 8, batch: int = 8) -> int:
+        tiny_llama(num_hidden_layers=layers).config.save_pretrained(tmp_path)
+        how = Recipe(calibration=Calibration(samples=samples, batch=batch))
+        return slimfx.plan(slimfx.capture(tmp_path, weights=False), how).peak_memory
+
+    assert peak(6) == peak(2) == peak(2, samples=800)
+    assert peak(2, batch=16) > 1.9 * peak(2)
 
 
 def test_a_plan_looks_at_no_weight_and_no_data() -> None:

@@ -138,3 +138,11 @@ def test_an_expert_that_no_token_reached_is_refused_or_takes_all_inputs_alike() 
     assert len(missed) == 4
     assert all("no calibration token reached it" in row.notes[0] for row in missed)
     assert manifest.calibration["coverage"] == pytest.approx(8 / 12)
+
+
+def test_a_plan_needs_no_weights_of_it(tmp_path: Path) -> None:
+    made("mixtral").save_pretrained(tmp_path)
+    planned = slimfx.plan(slimfx.capture(tmp_path, weights=False), RECIPE)
+    whole = slimfx.plan(captured("mixtral"), RECIPE)
+    assert planned.rows == whole.rows
+    assert 0 < planned.peak_memory < whole.peak_memory + 1_000_000
