@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
@@ -181,8 +180,8 @@ def _load(source: str | Path, dtype: str, weights: bool) -> nn.Module:
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         if not weights:
             return auto.from_config(config, dtype=_DTYPES[dtype]).eval()
-        return auto.from_pretrained(source, dtype=_DTYPES[dtype]).eval()
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        return auto.from_pretrained(source, dtype=_DTYPES[dtype], use_safetensors=True).eval()
+    except Exception as error:  # transformers raises of every kind for what a folder may say
         raise CaptureError(f"{source}: not a model that transformers can load ({error})") from error
 
 
@@ -196,14 +195,21 @@ def _text_manifest(source: str | Path) -> Manifest:
             continue
         try:
             files[name] = json.loads((path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CaptureError(f"{source}: {name} is no JSON ({error})") from error
         if not isinstance(files[name], dict):
             raise CaptureError(f"{source}: {name} is no JSON mapping")
     eos = files.get("config.json", {}).get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    if not isinstance(eos, int | None):
+        raise CaptureError(f"{source}: eos_token_id {eos!r} is no token")
+    try:
+        text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
+    except UnicodeDecodeError as error:
+        raise CaptureError(f"{source}: tokenizer.json is no text ({error})") from error
     return Manifest(
-        tokenizer=tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
-        eos_token=eos[0] if isinstance(eos, list) else eos,
+        tokenizer=text,
+        eos_token=eos,
         model_files=files,
     )
 

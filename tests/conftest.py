@@ -1,10 +1,13 @@
 """Every test runs offline, on few threads, and leaves the global random state as it found it."""
 
 import socket
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import trust
 
 LONG = (
     *("kernels/", "gpu/", "runtime/test_gpu", "runtime/test_select.py", "passes/test_lower_gpu.py"),
@@ -35,6 +38,30 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def same_random_state() -> None:
     """Each test starts from one seed, so that none depends on another's draws."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test tried goes into its report, from whichever worker ran it."""
+    before = trust.TRIED.copy(), trust.HELD.copy()
+    yield
+    for name, now, then in zip(("tried", "held"), (trust.TRIED, trust.HELD), before):
+        request.node.user_properties += [(name, dict(now - then))] if now - then else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One table of what was tried and what held."""
+    totals: dict[str, Counter[str]] = {"tried": Counter(), "held": Counter()}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "teardown":
+                for name, counts in report.user_properties:
+                    if name in totals:
+                        totals[name].update(counts)
+    if totals["tried"]:
+        terminalreporter.section("trust")
+        for what, tried in sorted(totals["tried"].items()):
+            terminalreporter.line(f"{what:<32}{tried:>10} tried{totals['held'][what]:>10} held")
 
 
 def pytest_configure(config: pytest.Config) -> None:
