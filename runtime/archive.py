@@ -249,7 +249,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "no space left" if full else error.strerror or str(error)
-        kept = "; the older file is intact" if os.path.exists(path) else ""  # noqa: PTH110  no raise
+        older = os.path.exists(path) and os.path.exists(temporary)  # noqa: PTH110  no raise
+        kept = "; the older file is intact" if older else ""
         raise ArtifactError(f"{path}: not written, {reason}{kept}") from error
     finally:
         with suppress(OSError):

@@ -22,6 +22,10 @@ test` has all others.
 """
 
 
+TRUST = ("faults/", "fuzz/", "test_random_programs.py", "test_numerics.py")
+"""Files of `make trust` alone: many tries of one kind."""
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection to anywhere but this process is a failure."""
@@ -70,8 +74,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `LONG`."""
+    """Mark the tests of `LONG` and `TRUST`."""
     root = Path(__file__).parent
     for item in items:
         if item.path.relative_to(root).as_posix().startswith(LONG):
             item.add_marker(pytest.mark.long)
+        if item.path.relative_to(root).as_posix().startswith(TRUST):
+            item.add_marker(pytest.mark.trust)
