@@ -2,16 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test test-long test-slow docs lint sanitize gpu gpu-splits
+.PHONY: demo test test-long test-slow docs trust fuzz coverage mutants sbom lint sanitize gpu gpu-splits
+
+FUZZ_RUNS ?= 1000000
+MUTANTS ?= runtime/pack.py
 
 demo: $(VENV)/ready  ## compress two real models, print what it cost, generate text without slimfx
 	$(RUN)/python examples/demo.py
 
 test: $(VENV)/ready  ## the suite, but for what compiles
-	$(RUN)/pytest -q -n 2 -m "not long and not slow"
+	$(RUN)/pytest -q -n 2 -m "not long and not slow and not trust"
 
 test-long: $(VENV)/ready  ## kernels and deployment targets, which compile
-	$(RUN)/pytest -q -n 2 -m "long and not slow"
+	$(RUN)/pytest -q -n 2 -m "long and not slow and not trust"
 
 test-slow: $(VENV)/ready  ## examples that take minutes each
 	$(RUN)/pytest -q -n 2 -m slow
@@ -19,6 +22,26 @@ test-slow: $(VENV)/ready  ## examples that take minutes each
 docs: $(VENV)/ready  ## the documentation as a site, in site/; first what is written by programs
 	$(RUN)/python docs/write.py
 	$(RUN)/mkdocs build --strict
+
+trust: $(VENV)/ready  ## hostile files, faults, random programs, numbers, a short fuzz; a table of counts
+	$(RUN)/pytest -q -n 2 tests/attacks tests/promises tests/faults tests/fuzz \
+	tests/test_random_programs.py tests/test_numerics.py
+
+fuzz: $(VENV)/ready  ## FUZZ_RUNS executions on loader, recipe and manifest, guided by coverage
+	$(RUN)/python -m pip install --quiet -e '.[fuzz]'
+	$(RUN)/python tests/fuzz/fuzz.py $(FUZZ_RUNS)
+
+coverage: $(VENV)/ready  ## lines and branches of slimfx, passes and runtime that the tests reach
+	$(RUN)/python -m pip install --quiet 'coverage>=7.10'
+	$(RUN)/coverage run -m pytest -q -m "not slow" && $(RUN)/coverage combine
+	$(RUN)/coverage report
+
+mutants: $(VENV)/ready  ## MUTANTS, a file: how many small changes of it the tests of its name find
+	$(RUN)/python tests/mutants.py $(MUTANTS)
+
+sbom: $(VENV)/ready  ## sbom.json: every package of the environment (CycloneDX)
+	$(RUN)/python -m pip install --quiet cyclonedx-bom
+	$(RUN)/cyclonedx-py environment $(RUN)/python --pyproject pyproject.toml --of JSON -o sbom.json
 
 sanitize: $(VENV)/ready  ## the C++ kernels under the address and undefined-behaviour sanitizers
 	SLIMFX_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \

@@ -82,10 +82,7 @@ def _records(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
             )
         if record in found:
             raise ArtifactError(f"{name}: record {record} appears twice")
-        if entry.file_size > _RATIO_LIMIT * entry.compress_size + (1 << 20):
-            raise ArtifactError(
-                f"{name}: record {record} claims {entry.file_size} bytes from {entry.compress_size}"
-            )
+        check_ratio(entry, name)
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ArtifactError(f"{name}: record {record} is packed in an unusual way")
         if entry.flag_bits & 1 or entry.external_attr & 0x10 or entry.is_dir():
@@ -95,6 +92,19 @@ def _records(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
         raise ArtifactError(f"{name}: holds no exported program")
     _check_places(archive, list(found.values()), name)
     return found
+
+
+def check_ratio(entry: zipfile.ZipInfo, name: str) -> None:
+    """Refuse a record that would become far larger than its file.
+
+    Raises:
+        ArtifactError: more than 200-fold, and more than a megabyte.
+    """
+    if entry.file_size > _RATIO_LIMIT * entry.compress_size + (1 << 20):
+        raise ArtifactError(
+            f"{name}: record {entry.filename} claims {entry.file_size} bytes from "
+            f"{entry.compress_size}"
+        )
 
 
 def _check_places(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], name: str) -> None:
@@ -261,7 +271,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "no space left" if full else error.strerror or str(error)
-        kept = "; the older file is intact" if os.path.exists(path) else ""  # noqa: PTH110  no raise
+        older = os.path.exists(path) and os.path.exists(temporary)  # noqa: PTH110  no raise
+        kept = "; the older file is intact" if older else ""
         raise ArtifactError(f"{path}: not written, {reason}{kept}") from error
     finally:
         with suppress(OSError):

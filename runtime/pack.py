@@ -117,6 +117,12 @@ def unpack_24(values: Tensor, indices: Tensor, bits: int, width: int) -> Tensor:
     return (first + second).flatten(1)
 
 
+def ascending(indices: Tensor, width: int) -> bool:
+    """Do the two indices of every group of four ascend, as `pack_24` and the kernels have it?"""
+    pairs = torch.stack([indices & 15, indices >> 4], -1).flatten(1)[:, : width // 4]
+    return bool(((pairs & 3) < (pairs >> 2)).all())
+
+
 def pack_bitmask(weight: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes int8 or values bfloat16 [N, K], and the bool mask [N, K] of what stays -> values,
     mask.

@@ -83,7 +83,10 @@ def read(path: Path, target: str) -> Sidecar:
             inputs={name: tensors[f"input.{name}"] for name in inputs},
             outputs={name: tensors[f"output.{name}"] for name in outputs},
         )
-    except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError) as error:
+    except (
+        *(OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError),
+        *(RecursionError, AttributeError),
+    ) as error:
         raise ArtifactError(
             f"{path}: not slimfx's record of a {target} export ({error}); it lies beside the "
             f"file, keep them together or export again"
@@ -97,9 +100,13 @@ def read(path: Path, target: str) -> Sidecar:
 
 def _check_file(folder: Path, name: str, digest: str) -> None:
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside, there = file.resolve().is_relative_to(folder.resolve()), file.is_file()
+    except (OSError, ValueError) as error:  # no name of a file at all
+        raise ArtifactError(f"{folder}: its record names {name[:80]!r} ({error!r:.80})") from error
+    if not inside:
         raise ArtifactError(f"{folder}: its record names {name}, which is outside")
-    if not file.is_file():
+    if not there:
         raise ArtifactError(f"{file}: missing; its record names it")
     if _digest(file) != digest:
         raise ArtifactError(f"{file}: damaged, its bytes are not those that were written")

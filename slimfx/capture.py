@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from slimfx.cache import Decoder, check_decoder, check_model, decoder_inputs
-from slimfx.errors import ArtifactError, CaptureError, need
+from slimfx.errors import CaptureError, need
 from slimfx.experts import routed_experts
 from slimfx.passes.base import with_state, written_buffers
 from slimfx.passes.drop_unused import drop_unused
@@ -208,13 +207,11 @@ def _load(
             config=config,
             dtype=_DTYPES[dtype],
             state_dict=state,
+            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (
-        *(OSError, ValueError, KeyError, AttributeError, RuntimeError),
-        *(SafetensorError, ArtifactError),
-    ) as error:
+    except Exception as error:  # transformers raises of every kind for what a folder may say
         raise CaptureError(f"{source}: not a model that transformers can load ({error})") from error
     for name, has, wants in found["mismatched_keys"]:
         held = (_places(path, _DTYPES[dtype]) or {}).get(name)
@@ -285,14 +282,21 @@ def _text_manifest(source: str | Path) -> Manifest:
             continue
         try:
             files[name] = json.loads((path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CaptureError(f"{source}: {name} is no JSON ({error})") from error
         if not isinstance(files[name], dict):
             raise CaptureError(f"{source}: {name} is no JSON mapping")
     eos = files.get("config.json", {}).get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    if not isinstance(eos, int | None):
+        raise CaptureError(f"{source}: eos_token_id {eos!r} is no token")
+    try:
+        text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
+    except UnicodeDecodeError as error:
+        raise CaptureError(f"{source}: tokenizer.json is no text ({error})") from error
     return Manifest(
-        tokenizer=tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
-        eos_token=eos[0] if isinstance(eos, list) else eos,
+        tokenizer=text,
+        eos_token=eos,
         model_files=files,
     )
 

@@ -15,6 +15,7 @@ import json
 import lzma
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,9 @@ Batch = Any
 
 _CHARACTERS = 64
 """Characters looked at for each calibration token: ample, and bounded for any source."""
+
+_RATIO = 50
+"""Characters for each byte of a file; more is a bomb."""
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -174,11 +178,18 @@ def _read(path: Path) -> list[str]:
     opener = _OPENERS.get(path.suffix, open)
     name = path.name.removesuffix(path.suffix) if path.suffix in _OPENERS else path.name
     try:
+        longest = _RATIO * path.stat().st_size + (1 << 20)
         with opener(path, "rt", encoding="utf-8") as file:
-            if name.endswith((".jsonl", ".ndjson")):
-                return [_text(json.loads(line)["text"]) for line in file if line.strip()]
-            return [p for p in re.split(r"\n\s*\n", file.read()) if p.strip()]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
+            text = file.read(longest)
+            if file.read(1):
+                raise ValueError(f"more than {longest} characters are packed into it")
+        if name.endswith((".jsonl", ".ndjson")):
+            return [_text(json.loads(line)["text"]) for line in text.split("\n") if line.strip()]
+        return [p for p in re.split(r"\n\s*\n", text) if p.strip()]
+    except (
+        *(OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError, zlib.error),
+        RecursionError,
+    ) as error:
         raise CalibrationError(
             f"{path}: not text, nor JSON lines with a text field ({error})"
         ) from error

@@ -31,6 +31,7 @@ from slimfx.errors import FinetuneError, need
 from slimfx.journal import digest
 from slimfx.passes.inputs import call_arguments, module_of, tensor_inputs
 from slimfx.passes.train_adapters import Trained, put_back, train_adapters
+from slimfx.runtime import archive
 from slimfx.runtime.manifest import attach, manifest_of
 from slimfx.runtime.targets import pt2
 from slimfx.training_text import IGNORED, Batch, Training, training_batches, vocabulary
@@ -304,7 +305,8 @@ def _folder(given: str | Path | None, job: Mapping[str, Any], resume: bool) -> P
             )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    found.write_text(json.dumps(job, sort_keys=True), encoding="utf-8")
+    with archive.atomic(found) as part:
+        part.write_text(json.dumps(job, sort_keys=True), encoding="utf-8")
     return folder
 
 
@@ -312,8 +314,17 @@ def _last_checkpoint(folder: Path | None) -> Path | None:
     """The latest one that was written to its end: the state of the trainer comes last."""
     if folder is None:
         return None
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    whole = [path.parent for path in states if _is_json(path)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # cut short
+        return False
+    return True
 
 
 @contextlib.contextmanager

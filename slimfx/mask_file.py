@@ -162,6 +162,12 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as members:
+        for member in members.infolist():
+            if member.file_size > 200 * member.compress_size + (1 << 20):
+                raise ValueError(
+                    f"{member.filename} is packed more than 200-fold; store it as it is"
+                )
     archive = np.load(path, allow_pickle=False)
     if isinstance(archive, np.ndarray):
         raise ValueError("one array without a name")
@@ -170,6 +176,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
+    if not isinstance(array, np.ndarray):
+        raise ValueError("a member that is no array")
     if array.dtype.name not in _TYPES:
         raise ValueError(f"an array of type {array.dtype}")
     return torch.from_numpy(array)

@@ -29,6 +29,8 @@ from slimfx.steps import (
     one_of,
 )
 
+_LONGEST, _DEEPEST = 1 << 18, 32
+"""Characters of a recipe, and lists and mappings within one another."""
 _STEPS = {
     "prune": Prune,
     "quantize": Quantize,
@@ -150,11 +152,12 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
-        """Parse YAML (safe subset: no object tags)."""
+        """Parse YAML (safe subset: no object tags, no references)."""
         try:
+            _look_at(text)
             data = yaml.safe_load(text)
             return cls.from_dict({} if data is None else data)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(f"the recipe is not valid YAML: {error}") from error
 
     @classmethod
@@ -181,6 +184,20 @@ class Recipe:
                 f"{source}: no recipe file can be read there ({error.strerror}), and no preset has "
                 f"that name; presets: {', '.join(PRESETS)}"
             ) from error
+
+
+def _look_at(text: str) -> None:
+    """Refuse a text that is small and becomes large, or takes long to read."""
+    if len(text) > _LONGEST:
+        raise RecipeError(f"the recipe has {len(text)} characters, more than {_LONGEST}")
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise RecipeError("the recipe is not valid YAML here: *name is not read, write it out")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise RecipeError(f"the recipe is more than {_DEEPEST} lists or mappings deep")
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -1,10 +1,13 @@
 """Every test runs offline, on few threads, and leaves the global random state as it found it."""
 
 import socket
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import trust
 
 LONG = (
     *("kernels/", "gpu/", "runtime/test_gpu", "runtime/test_select.py", "passes/test_lower_gpu.py"),
@@ -17,6 +20,10 @@ LONG = (
 """Files of `make test-long`: kernels and deployment targets, which compile, and what trains; `make
 test` has all others.
 """
+
+
+TRUST = ("faults/", "fuzz/", "test_random_programs.py", "test_numerics.py")
+"""Files of `make trust` alone: many tries of one kind."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +44,40 @@ def same_random_state() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test tried goes into its report, from whichever worker ran it."""
+    before = trust.TRIED.copy(), trust.HELD.copy()
+    yield
+    for name, now, then in zip(("tried", "held"), (trust.TRIED, trust.HELD), before):
+        request.node.user_properties += [(name, dict(now - then))] if now - then else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One table of what was tried and what held."""
+    totals: dict[str, Counter[str]] = {"tried": Counter(), "held": Counter()}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "teardown":
+                for name, counts in report.user_properties:
+                    if name in totals:
+                        totals[name].update(counts)
+    if totals["tried"]:
+        terminalreporter.section("trust")
+        for what, tried in sorted(totals["tried"].items()):
+            terminalreporter.line(f"{what:<32}{tried:>10} tried{totals['held'][what]:>10} held")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Two workers share the machine; torch must not start more threads than there are cores."""
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `LONG`."""
+    """Mark the tests of `LONG` and `TRUST`."""
     root = Path(__file__).parent
     for item in items:
         if item.path.relative_to(root).as_posix().startswith(LONG):
             item.add_marker(pytest.mark.long)
+        if item.path.relative_to(root).as_posix().startswith(TRUST):
+            item.add_marker(pytest.mark.trust)

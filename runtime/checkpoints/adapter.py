@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _pair(
         R = R.float() * factor
     held = ((L != 0).any(1) | (R != 0).any(0)).nonzero()
     rank = int(held.max()) + 1 if len(held) else 1
-    return adapter(L[:rank]), adapter(R[:, :rank])
+    return adapter(name, L[:rank]), adapter(name, R[:, :rank])
 
 
 def _factor(name: str, config: Mapping[str, Any]) -> float:
@@ -80,6 +81,6 @@ def _of_module(name: str, config: Mapping[str, Any], pattern: str, default: str)
         raise ArtifactError(f"{pattern}: {regex!r} is a regular expression; give modules by name")
     values = [own[key] for key in own if f".{name}".endswith(f".{key}")]
     value = values[0] if values else config.get(default)
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
         raise ArtifactError(f"{name}: adapter_config.json has {default} {value!r}, not a number")
     return value

@@ -74,7 +74,7 @@ def _linear(name: str, tensors: Mapping[str, Tensor], bits: int, zeros: set[int]
             f"{name}: its g_idx puts inputs in another order (desc_act); slimfx's groups are "
             f"neighbours, quantize with desc_act=False"
         )
-    scale, change = in_bfloat16(scales.T)
+    scale, change = in_bfloat16(name, scales.T)
     matrix = stored_codes(from_words(words, bits, K), scale, bits=bits, group=group, K=K)
     return ForeignLinear(PackedLinear(matrix), (N, K), change)
 

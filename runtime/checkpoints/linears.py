@@ -65,12 +65,12 @@ def take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shape: i
 
 
 def take_floats(tensors: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
-    """As `take`, of any floating-point dtype, and finite."""
+    """As `take`, of any floating-point dtype, finite and not empty."""
     tensor = tensors.get(name)
     dtype = torch.float32 if tensor is None or not tensor.is_floating_point() else tensor.dtype
     found = take(tensors, name, dtype, *shape)
-    if not found.isfinite().all():
-        raise ArtifactError(f"{name}: holds values that are not finite")
+    if not found.numel() or not found.isfinite().all():
+        raise ArtifactError(f"{name}: holds values that are not finite, or none")
     return found
 
 
@@ -79,15 +79,19 @@ def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return tensor.dim() == len(shape) and all(wanted in (-1, size) for wanted, size in sizes)
 
 
-def adapter(matrix: Tensor) -> Tensor:
+def adapter(name: str, matrix: Tensor) -> Tensor:
     """A matrix of an adapter in a dtype that slimfx's kernels read: float16 becomes float32."""
+    if not matrix.isfinite().all():
+        raise ArtifactError(f"{name}: its adapter, times its factor, is beyond {matrix.dtype}")
     wide = matrix.float() if matrix.dtype is torch.float16 else matrix
     return wide.contiguous()
 
 
-def in_bfloat16(scale: Tensor) -> tuple[Tensor, float]:
+def in_bfloat16(name: str, scale: Tensor) -> tuple[Tensor, float]:
     """A scale as slimfx stores it, and its largest relative change."""
     rounded = scale.to(torch.bfloat16)
+    if not rounded.isfinite().all():
+        raise ArtifactError(f"{name}: a scale is beyond the range of bfloat16")
     exact = scale.double()
     gap = (rounded.double() - exact).abs() / exact.abs().clamp(min=1e-300)
     return rounded, gap.max().item() if gap.numel() else 0.0

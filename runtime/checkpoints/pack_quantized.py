@@ -92,8 +92,10 @@ def _linear(name: str, tensors: Mapping[str, Tensor], declared: set[int]) -> For
                 f"it symmetrically and without reordering"
             )
     shape = tensors.get(f"{name}.weight_shape")
-    if shape is None or shape.is_floating_point() or shape.numel() != 2:
+    if shape is None or shape.dtype not in (torch.int32, torch.int64) or shape.numel() != 2:
         raise ArtifactError(f"{name}.weight_shape: missing, or not two integers")
+    if shape.min() < 1:
+        raise ArtifactError(f"{name}.weight_shape: {shape.tolist()} is no shape")
     N, K = (int(size) for size in shape.flatten())
     words = take(tensors, f"{name}.weight_packed", torch.int32, N, -1)
     fitting = [bits for bits in sorted(declared) if -(-K * bits // 32) == words.shape[1]]
@@ -103,7 +105,7 @@ def _linear(name: str, tensors: Mapping[str, Tensor], declared: set[int]) -> For
             f"{' or '.join(map(str, sorted(declared)))} bits"
         )
     scale = take_floats(tensors, f"{name}.weight_scale", *_scale_shape(name, tensors, N))
-    scale, change = in_bfloat16(scale.reshape(-1, scale.shape[-1]))
+    scale, change = in_bfloat16(name, scale.reshape(-1, scale.shape[-1]))
     bits = fitting[0]
     group = group_of(name, K, scale.shape[1])
     matrix = stored_codes(from_words(words, bits, K), scale, bits=bits, group=group, K=K)

@@ -102,7 +102,7 @@ def _matrix(
     steps = _steps(name, tensors, N)
     group = group_of(name, K, steps.shape[1])
     codes = _codes(name, weight, spread(steps, group, K))
-    scale, change = in_bfloat16(steps)
+    scale, change = in_bfloat16(name, steps)
     stored = pack_codes(codes, _BITS)
     return stored_codes(stored, scale, bits=_BITS, group=group, K=K), change
 
@@ -144,4 +144,5 @@ def _adapter(
     right = take_floats(tensors, f"{name}{RIGHT}", left.shape[1], N)
     R = right.T.float() / left.shape[1]
     small = R.to(torch.bfloat16)
-    return adapter(left.T), adapter(small if torch.equal(small.float(), R) else R)
+    exact = torch.equal(small.float(), R)
+    return adapter(name, left.T), adapter(name, small if exact else R)

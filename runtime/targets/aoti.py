@@ -11,6 +11,7 @@ import json
 import shutil
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -242,8 +243,12 @@ def read(path: str | Path) -> Package:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields.items()
         }
-        return Package(**found)
-    except (ValueError, TypeError) as error:
+        package = Package(**found)
+        texts = (package.march, package.torch, *package.needs)
+        if package.accuracy not in ACCURACIES or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"accuracy {package.accuracy!r}, needs {package.needs!r}")
+        return package
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a complete compiled package ({error})") from error
 
 
@@ -252,8 +257,9 @@ def _records(path: str | Path) -> dict[str, bytes]:
     with _opened(path) as file:
         found = {}
         for name in (_RECORD, _MANIFEST, _TOKENIZER, _GOLDEN):
-            entries = [entry for entry in file.namelist() if entry.endswith(f"/{name}")]
+            entries = [e for e in file.infolist() if e.filename.endswith(f"/{name}")]
             if entries:
+                archive.check_ratio(entries[0], str(path))
                 found[name] = file.read(entries[0])
     if _RECORD not in found:
         raise ArtifactError(f"{path}: holds no compiled program of slimfx")
@@ -265,7 +271,10 @@ def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as file:
             yield file
-    except (zipfile.BadZipFile, OSError) as error:
+    except (
+        *(zipfile.BadZipFile, OSError, EOFError, zlib.error),
+        *(NotImplementedError, RuntimeError, ValueError),  # packed in an unusual way, encrypted
+    ) as error:
         raise ArtifactError(f"{path}: not a complete compiled package ({error})") from error
 
 

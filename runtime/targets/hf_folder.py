@@ -28,8 +28,8 @@ def new_folder(path: Path, sidecar: str, target: str) -> Iterator[Path]:
     path = path.resolve()  # of a link, the folder it names is replaced
     mark = uuid.uuid4().hex
     temporary, old = path.parent / f".{mark}.part", path.parent / f".{mark}.old"
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         if path.exists():
             path.rename(old)

@@ -20,6 +20,7 @@ from slimfx.passes.decompose import decompose
 from slimfx.runtime import archive, golden, unread_archive
 from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import Manifest, attach, manifest_of
+from slimfx.runtime.pack import ascending
 from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -169,6 +170,7 @@ def _load(path: Path, *, unread: bool = False) -> tuple[ExportedProgram, bytes |
                 f"{path.name}: torch {torch.__version__} cannot read this program: {error}"
             ) from error
     _check_state(program, path.name)
+    _check_indices(program, path.name)
     if unread:
         unread_archive.leave_(program, path)
     attach(program, manifest)
@@ -188,6 +190,22 @@ def _check_state(program: ExportedProgram, name: str) -> None:
     held = set(program.state_dict)
     if wanted != held:
         raise ArtifactError(f"{name}: tensors {sorted(wanted ^ held)} are missing, or no one's")
+
+
+def _check_indices(program: ExportedProgram, name: str) -> None:
+    """The stored indices of every 2:4 weight ascend: kernels take that for granted."""
+    signature = program.graph_signature
+    held = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
+    for node in program.graph.find_nodes(
+        op="call_function", target=torch.ops.slimfx.linear_24.default
+    ):
+        indices = program.state_dict.get(held.get(node.args[2].name, ""))
+        K = node.args[0].meta["val"].shape[-1]
+        if indices is not None and not (indices.dtype is torch.uint8 and ascending(indices, K)):
+            raise ArtifactError(
+                f"{name}: {held[node.args[2].name]}: the indices of a 2:4 weight do not ascend, "
+                f"which no slimfx writes; kernels would read another weight than the reference"
+            )
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -369,7 +369,11 @@ def test_check_fails_when_one_byte_of_a_weight_is_another(
     path = tmp_path / "changed.pt2"
     for record in weights(data, ending):
         path.write_bytes(rezipped(data, {record: flip(place)}))
-        result = pt2.check(path)
+        try:
+            result = pt2.check(path)
+        except ArtifactError as error:
+            assert ending == ".slim_indices" and "do not ascend" in str(error)
+            continue
         assert not result.identical, record
         assert not result.passed, record
     path.write_bytes(rezipped(data, {}))
