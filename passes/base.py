@@ -5,7 +5,7 @@ edit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,13 @@ def edit(program: ExportedProgram) -> Edit:
     )
 
 
+def with_state(program: ExportedProgram, tensors: Mapping[str, torch.Tensor]) -> ExportedProgram:
+    """The same program with other tensors under these names of its state."""
+    change = edit(program)
+    change.state_dict.update(tensors)
+    return change.finish()
+
+
 def _copied(graph: Graph) -> Graph:
     """The same nodes under the same names; deepcopy would also copy torch's call specs, with a
     warning.
@@ -114,11 +121,19 @@ def add_buffer(change: Edit, fqn: str, tensor: torch.Tensor) -> Node:
     with graph.inserting_before(first):
         node = graph.placeholder("b_" + fqn.replace(".", "_").lower())
     node.target = node.name  # made unique where two names differ in case or dots alone
-    node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
+    node.meta["val"] = _fake(fake_mode(graph), tensor)
     spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
     signature.input_specs.append(spec)
     change.state_dict[fqn] = tensor
     return node
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """What stands for a tensor in the graph; one that is unread will be on the CPU."""
+    if not tensor.is_meta:
+        return mode.from_tensor(tensor, static_shapes=True)
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def written_buffers(program: ExportedProgram) -> set[str]:

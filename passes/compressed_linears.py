@@ -88,7 +88,7 @@ def _with_adapters(total: Any, read: Read) -> CompressedLinear | None:
     first: Any = second.args[0] if isinstance(second, Node) and second.args else None
     if not all(isinstance(node, Node) for node in (base, first)):
         return None
-    if base.target not in _STORED or base.args[0] is not first.args[0]:
+    if base.target not in _STORED or not first.args or base.args[0] is not first.args[0]:
         return None
     if any(len(node.users) > 1 for node in (base, left, first, second)):
         return None

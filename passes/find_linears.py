@@ -22,6 +22,11 @@ aten = torch.ops.aten
 PREFIX = "slim_"
 """What the names of a compressed layer's own tensors begin with."""
 
+_SCORES = (
+    *(aten.to.dtype, aten.view.default, aten.reshape.default, aten.softmax.int),
+    *(aten.sigmoid.default, aten.add.Tensor),
+)
+"""What scores may go through before the best are taken."""
 _PRODUCTS = (aten.mm.default, aten.matmul.default)
 
 
@@ -52,6 +57,8 @@ class Site:
     """The parameter that every use adds and nothing else reads, if there is one."""
     other_readers: tuple[str, ...]
     """Ops other than linears that read the same weight, such as aten.embedding."""
+    routes: bool = False
+    """Do its answers choose, by topk, what is computed next, as the router of experts does?"""
 
 
 def find_linears(program: ExportedProgram) -> list[Site]:
@@ -84,6 +91,7 @@ def find_linears(program: ExportedProgram) -> list[Site]:
                 uses=tuple(use for use, _, _ in found),
                 bias=_own_bias(program, [use for use, _, _ in found]),
                 other_readers=readers,
+                routes=any(_routes(use.node) for use, _, _ in found),
             )
         )
     return sites
@@ -168,6 +176,12 @@ def _own_bias(program: ExportedProgram, uses: list[Use]) -> str | None:
     spec = input_specs(program).get(node.name)
     target = None if spec is None else str(spec.target)
     return target if target in program.state_dict else None
+
+
+def _routes(node: Node) -> bool:
+    """Does topk choose among a linear's own answers, or what is made of each?"""
+    users = [user for user in node.users if user.target in (*_SCORES, aten.topk.default)]
+    return any(user.target is aten.topk.default or _routes(user) for user in users)
 
 
 def _names(uses: dict[str, list[Use]]) -> dict[str, str]:

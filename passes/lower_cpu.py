@@ -32,11 +32,13 @@ from slimfx.passes.compressed_linears import (
 )
 from slimfx.passes.find_linears import PREFIX
 from slimfx.runtime.cpu_ops import Form
-from slimfx.runtime.interleave import form_of, interleave, whole, why_not
+from slimfx.runtime.interleave import LANES, form_of, interleave, whole, why_not
+from slimfx.runtime.pack import PackedDense
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+aten = torch.ops.aten
 ops = torch.ops.slimfx
 _JOIN = 32
 
@@ -65,6 +67,7 @@ def lower_cpu(
     """
     change = edit(program)
     specs = input_specs(program)
+    laid_out: dict[Node, tuple[Node, int]] = {}  # codes of eight bits -> their bytes in lanes, K
 
     def read(node: Node) -> Tensor | None:
         return lifted_tensor(program, specs[node.name]) if node.name in specs else None
@@ -73,12 +76,44 @@ def lower_cpu(
         prefix, _, _ = str(specs[like.name].target).rpartition(PREFIX)
         data, scale = lay_out(matrices)
         fqn = f"{prefix}{PREFIX}cpu_{name}"
-        return add_buffer(change, fqn, data), add_buffer(change, f"{fqn}_scale", scale)
+        node = add_buffer(change, fqn, data)
+        matrix, K = matrices[0]
+        if len(matrices) == 1 and isinstance(matrix, PackedDense) and matrix.bits == 8:
+            laid_out[like] = node, K
+        return node, add_buffer(change, f"{fqn}_scale", scale)
 
     renamed = change.signature.replace_all_uses
     report = lower_graph(change.graph, read, make, renamed=renamed, rounded=rounded)
+    for codes, (data, K) in laid_out.items():
+        for user in [user for user in codes.users if user.target is aten.index.Tensor]:
+            _look_up_in_lanes(user, data, K)
     drop_read_buffers_(change, specs)
     return change.finish(), report
+
+
+def _look_up_in_lanes(rows: Node, data: Node, K: int) -> None:
+    """Take codes[ids] from the bytes that the kernel of a tied head reads, so that a package holds
+    them once: byte k % 4 of a lane's word k // 4, sixteen lanes side by side (`interleave`).
+    """
+    graph = rows.graph
+    indices: Any = rows.args[1]
+    ids = indices[0]
+    with graph.inserting_before(rows):
+
+        def made(op: Any, *args: Any) -> Node:
+            return call(graph, rows, op, *args)
+
+        tile = made(aten.mul.Tensor, made(aten.floor_divide.default, ids, LANES), LANES * whole(K))
+        lane = made(aten.mul.Tensor, made(aten.remainder.Scalar, ids, LANES), 4)
+        start = made(aten.unsqueeze.default, made(aten.add.Tensor, tile, lane), -1)
+        k = made(aten.arange.default, K)
+        word = made(aten.mul.Tensor, made(aten.floor_divide.default, k, 4), 4 * LANES)
+        within = made(aten.add.Tensor, word, made(aten.remainder.Scalar, k, 4))
+        places = made(aten.add.Tensor, start, within)
+        signed = made(aten.index.Tensor, data, [places])
+        new = made(aten.bitwise_xor.Scalar, signed, 128)
+    rows.replace_all_uses_with(new)
+    graph.erase_node(rows)
 
 
 def lower_graph(

@@ -161,14 +161,15 @@ class _Stored:
         return _Made(name, (B, scales), numbers, sparse, before)
 
     def drop_old(self) -> None:
-        """Forget the canonical layout."""
-        for name, node in self.old.items():
+        """Forget the canonical layout, but for what lookups read."""
+        unread = {name: node for name, node in self.old.items() if not node.users}
+        for name, node in unread.items():
             del self.change.state_dict[str(self.specs[name].target)]
             self.change.graph.erase_node(node)
         self.change.signature.input_specs[:] = [
             spec
             for spec in self.change.signature.input_specs
-            if spec.arg.name not in self.old  # type: ignore[union-attr]
+            if spec.arg.name not in unread  # type: ignore[union-attr]
         ]
 
 

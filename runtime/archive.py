@@ -22,9 +22,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
+from slimfx.runtime.unread import place_of
 from slimfx.runtime.untrusted import check_graph, check_table, parsed
 
 from slimfx.errors import ArtifactError
@@ -101,12 +103,16 @@ def _check_places(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], name
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         if not end <= entry.header_offset <= end + _DESCRIPTOR:
             raise ArtifactError(f"{name}: record {entry.filename} overlaps another, or hides bytes")
-        assert archive.fp is not None
-        archive.fp.seek(entry.header_offset + 26)
-        lengths = struct.unpack("<HH", archive.fp.read(4))
-        end = entry.header_offset + 30 + sum(lengths) + entry.compress_size
+        end = start_of(archive, entry) + entry.compress_size
     if not end <= archive.start_dir <= end + _DESCRIPTOR:
         raise ArtifactError(f"{name}: the archive hides bytes before its directory")
+
+
+def start_of(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
+    """The first byte of a record's data in the file."""
+    assert archive.fp is not None
+    archive.fp.seek(entry.header_offset + 26)
+    return entry.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
 
 
 def _check_contents(
@@ -140,16 +146,24 @@ def _check_samples(data: bytes, name: str) -> None:
         ) from error
 
 
-def rewrite(source: IO[bytes], target: IO[bytes], own: Mapping[str, bytes]) -> None:
+def rewrite(
+    source: IO[bytes],
+    target: IO[bytes],
+    own: Mapping[str, bytes],
+    instead: Mapping[str, bytes | torch.Tensor] = MappingProxyType({}),
+) -> None:
     """Copy an archive of torch.export.save to `target`, reproducible and without pickles.
 
     JSON is deflated, tensors are stored; stack traces, sample inputs and the serialization id are
-    left out.
+    left out. `instead`: what some records shall hold, an unread tensor for instance.
     """
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
             _, _, record = entry.filename.partition("/")
             if record == ".data/serialization_id":
+                continue
+            if record in instead:
+                _write(new, record, instead[record])
                 continue
             data = b"" if record.startswith(_SAMPLES) else old.read(entry)
             if record.startswith("models/"):
@@ -159,12 +173,20 @@ def rewrite(source: IO[bytes], target: IO[bytes], own: Mapping[str, bytes]) -> N
             _write(new, OWN + record, data)
 
 
-def _write(archive: zipfile.ZipFile, record: str, data: bytes) -> None:
+def _write(archive: zipfile.ZipFile, record: str, data: bytes | torch.Tensor) -> None:
     entry = zipfile.ZipInfo(f"{ROOT}/{record}", (1980, 1, 1, 0, 0, 0))
     packed = record.endswith(".json")
     entry.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
     entry.external_attr = 0o644 << 16
-    archive.writestr(entry, data)
+    if isinstance(data, bytes):
+        archive.writestr(entry, data)
+        return
+    place = place_of(data)
+    assert place is not None, f"{record} has no place"
+    entry.file_size = torch.Size(place.shape).numel() * data.itemsize
+    with archive.open(entry, "w") as file:
+        for part in place.parts(data.dtype):
+            file.write(part.view(torch.uint8).numpy().data)
 
 
 def _without_traces(value: Any) -> Any:
@@ -244,6 +266,13 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a finished file of the same file system its place, for good."""
+    source.chmod(_mode(target))
+    source.replace(target)
+    _flush(target.parent)
 
 
 def _mode(path: Path) -> int:

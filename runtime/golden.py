@@ -14,8 +14,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from slimfx.passes.base import lifted_tensor, written_nodes
+from slimfx.runtime.unread import ReadingInterpreter
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from slimfx.errors import ArtifactError
@@ -174,6 +177,8 @@ def _inputs(recorded: _Recorded, program: ExportedProgram) -> tuple[tuple, dict[
 
 
 def _run(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> list[Tensor]:
+    if any(tensor.is_meta for tensor in program.state_dict.values()):
+        return _run_reading(program, inputs)
     module = program.module()
     for part in module.modules():  # a program that writes to its buffers must not change here
         for name, buffer in part._buffers.items():
@@ -183,6 +188,24 @@ def _run(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> list
         torch.manual_seed(0)
         outputs = module(*copies[0], **copies[1])
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+def _run_reading(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> list[Tensor]:
+    """The same with no more than the tensors of one node in memory."""
+    specs = program.graph_signature.input_specs
+    lifted = [lifted_tensor(program, s) for s in specs if s.kind is not InputKind.USER_INPUT]
+    values = [*lifted, *pytree.tree_leaves(inputs)]
+    written = {node.name for node in written_nodes(program.graph.nodes)}
+    own = [
+        value.clone() if spec.arg.name in written else value  # type: ignore[union-attr]
+        for spec, value in zip(specs, values, strict=True)
+    ]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = ReadingInterpreter(program.graph_module).run(*own)
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    pairs = zip(kinds, found, strict=True)
+    return [v for kind, v in pairs if kind is OutputKind.USER_OUTPUT and isinstance(v, Tensor)]
 
 
 def _sample(output: Tensor) -> Tensor:

@@ -35,10 +35,11 @@ SPARSE_ROWS = 1024
 707 microseconds for the layers of a block of Llama 2 7B on an H200; at 512 rows 548 and 435
 (examples/results/gpu-h200.json, call 2).
 """
-_TAKES = {
+TAKES = {
     **{"decode_24": "2:4", "decode_int4": "dense"},
     **{"portable_24": "2:4", "portable_int4": "dense", "bitmask": "bitmask"},
 }
+"""Kernel -> where the values of the weights that it reads are; expand reads any."""
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -145,8 +146,8 @@ def _why_not_layer(name: str, layer: Layer) -> str | None:
         return f"x is {layer.dtype}, not bfloat16, float16 or float32"
     if name == "expand":
         return None
-    if layer.weight.where != _TAKES[name]:
-        return f"the weight has {layer.weight}, not {_TAKES[name]} ones"
+    if layer.weight.where != TAKES[name]:
+        return f"the weight has {layer.weight}, not {TAKES[name]} ones"
     step = 16 if name.startswith("portable") else 32
     for form in (layer.weight, *layer.adapters):
         if form.where == "floats":  # adapters in floats are a product of the library's

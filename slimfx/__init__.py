@@ -16,6 +16,7 @@ from slimfx.generate import generate
 from slimfx.import_checkpoint import import_checkpoint
 from slimfx.plan import plan
 from slimfx.recipe import Recipe
+from slimfx.report import report
 from slimfx.runtime.targets.pt2 import load, save
 from slimfx.training_text import Training
 
@@ -33,5 +34,6 @@ __all__ = [
     "import_checkpoint",
     "load",
     "plan",
+    "report",
     "save",
 ]

@@ -27,12 +27,14 @@ from slimfx.capture import capture
 from slimfx.errors import SlimError, need
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.replace_linears import replace_linears
+from slimfx.passes.replace_tables import find_tables, replace_tables
 from slimfx.recipe import Recipe
 from slimfx.runtime.pack import Packed24, PackedDense, PackedLinear
 from slimfx.runtime.targets import aoti
 
 Progress = Callable[[float, str], None]
-VARIANTS = ("float32", "bfloat16", "compressed", "compressed, int8 inputs")
+VARIANTS = ("float32", "bfloat16", "compressed", "compressed, int8 inputs", "all compressed")
+"""The last one has head and embeddings in eight bits, too."""
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
@@ -126,10 +128,15 @@ def print_weights(asked: str) -> None:
     del made
     chosen = compressed_sites(program)
     linear_bytes = sum(program.state_dict[site.fqn].nbytes for site in chosen)
-    if name.startswith("compressed"):
+    if "compressed" in name:
         packed = {site.name: _random(site, i) for i, site in enumerate(chosen)}
         linear_bytes = sum(map(_bytes, packed.values()))
         program = replace_linears(program, chosen, packed)
+    if name == "all compressed":
+        rest = [site for site in find_linears(program) if not site.other_readers]
+        heads = {site.name: PackedLinear(_eight_bits(*_shape(site)), None, None) for site in rest}
+        tables = {table.fqn: _eight_bits(*table.shape) for table in find_tables(program)}
+        program = replace_tables(replace_linears(program, rest, heads), tables)
     rounded = name.endswith("int8 inputs")
     aoti.save(program, path, accuracy="int8-activations" if rounded else "exact")
     held = {tensor.data_ptr(): tensor.nbytes for tensor in program.state_dict.values()}
@@ -215,6 +222,17 @@ def _random(site: Site, seed: int) -> PackedLinear:
         group=K,
     )
     return PackedLinear(weight=weight, L=adapter(rank, K), R=adapter(N, rank))
+
+
+def _shape(site: Site) -> tuple[int, int]:
+    return site.out_features, site.in_features
+
+
+def _eight_bits(N: int, K: int) -> PackedDense:
+    """Codes of eight bits with a scale for each of N rows."""
+    draw = torch.Generator().manual_seed(N)
+    codes = torch.randint(0, 256, (N, K), dtype=torch.uint8, generator=draw)
+    return PackedDense(codes, torch.full((N, 1), 1e-3, dtype=torch.bfloat16), 8, K)
 
 
 def _bytes(packed: PackedLinear) -> int:

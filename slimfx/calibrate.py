@@ -6,7 +6,7 @@ therefore sees the output of the compressed block i.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,12 +19,13 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from slimfx.errors import CalibrationError
-from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
+from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge, unreached_stats
 from slimfx.passes.base import input_specs, lifted_tensor, written_nodes
 from slimfx.passes.cut_blocks import Block
 from slimfx.passes.find_linears import storage_key
 from slimfx.passes.inputs import flat_inputs, input_names
 from slimfx.passes.observe_inputs import Observation
+from slimfx.runtime.unread import read_value
 
 Values = dict[Node, Any]
 
@@ -61,17 +62,30 @@ def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
     return Walk(program, lifted, values, masks)
 
 
+def read_block(walk: Walk, block: Block) -> Walk:
+    """The same walk with what the block takes read, if it was left unread.
+
+    Raises:
+        ArtifactError: a file cannot be read.
+    """
+    taken = {source for node in block.nodes for source in node.all_input_nodes}
+    found = {node: read_value(walk.lifted[node]) for node in taken & walk.lifted.keys()}
+    return replace(walk, lifted={**walk.lifted, **found})
+
+
 @torch.no_grad()
 def observe(
     walk: Walk, block: Block, watched: Sequence[Observation], covariance: frozenset[str]
 ) -> dict[str, Stats]:
     """Run a block as it is and return the statistics of each site in it.
 
-    `covariance` names the sites whose statistics need X^T X.
+    `covariance` names the sites whose statistics need X^T X. Those of a site that no token reached
+    say so, and take all its inputs alike.
 
     Raises:
-        CalibrationError: an input is NaN or infinite, or nothing reached a layer; names the layer.
+        CalibrationError: an input is NaN or infinite; names the layer.
     """
+    walk = read_block(walk, block)
     stats: dict[Node, Stats] = {}
     watches = {watch.node: watch for watch in watched}
 
@@ -90,16 +104,17 @@ def observe(
         for name in watches[node].sites:
             _check(name, found)
             sites[name] = merge(sites[name], found) if name in sites else found
-    return sites
+    return {
+        name: found if found.tokens else unreached_stats(found) for name, found in sites.items()
+    }
 
 
 @torch.no_grad()
-def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Walk:
-    """Run a block with other weights (parameter name -> tensor) and stand before the next one."""
-    changed = with_weights(walk, weights)
-    return replace(
-        walk, batches=[run(changed, block, values, keep=block.live_out) for values in walk.batches]
-    )
+def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Iterator[Values]:
+    """Run a block with other weights (parameter name -> tensor): each batch's values behind it."""
+    changed = read_block(with_weights(walk, weights), block)  # what is replaced is not read
+    for values in walk.batches:
+        yield run(changed, block, values, keep=block.live_out)
 
 
 def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
@@ -110,13 +125,14 @@ def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
     state = walk.program.state_dict
     swaps = {storage_key(state[fqn], fqn): tensor for fqn, tensor in weights.items()}
     specs = input_specs(walk.program)
-    swapped = {
-        node: swaps.get(storage_key(value, str(specs[node.name].target)), value)
-        if isinstance(value, Tensor)
-        else value
-        for node, value in walk.lifted.items()
-    }
-    return replace(walk, lifted=swapped)
+
+    def now(node: Node, value: Any) -> Any:
+        own = lifted_tensor(walk.program, specs[node.name])  # one that was read is another tensor
+        if not isinstance(own, Tensor):
+            return value
+        return swaps.get(storage_key(own, str(specs[node.name].target)), value)
+
+    return replace(walk, lifted={node: now(node, value) for node, value in walk.lifted.items()})
 
 
 def run(
@@ -132,7 +148,8 @@ def run(
     place are copies, so that it can be run again. Gradients are kept as the caller has it.
     """
     written = written_nodes(block.nodes)
-    env = {node: _copy(value) if node in written else value for node, value in values.items()}
+    env = {node: read_value(value) for node, value in values.items()}
+    env |= {node: _copy(value) for node, value in env.items() if node in written}
     last_use = {source: node for node in block.nodes for source in node.all_input_nodes}
     inside, watch = set(block.nodes), watch or {}
 
@@ -178,10 +195,6 @@ def _rows(x: Tensor, mask: Tensor | None, alignment: str) -> Tensor:
 
 
 def _check(name: str, stats: Stats) -> None:
-    if stats.tokens == 0:
-        raise CalibrationError(
-            f"{name}: no calibration token reached it; give more data or add it to skip"
-        )
     if not (stats.square_sum.isfinite().all() and stats.peak.isfinite().all()):
         channels = int((~stats.peak.isfinite()).sum())
         raise CalibrationError(

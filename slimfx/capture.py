@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +18,13 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from slimfx.cache import Decoder, check_decoder, check_model, decoder_inputs
-from slimfx.errors import CaptureError, need
+from slimfx.errors import ArtifactError, CaptureError, need
+from slimfx.experts import routed_experts
+from slimfx.passes.base import with_state, written_buffers
 from slimfx.passes.drop_unused import drop_unused
+from slimfx.passes.split_experts import split_experts
 from slimfx.runtime.manifest import Manifest, attach
+from slimfx.runtime.unread import Place, left_unread, place_of, places, put, read
 
 _LONGEST_BATCH = 1024
 _LONGEST_CACHE = 8192
@@ -28,6 +33,7 @@ _MODEL_FILES = (
     *("config.json", "generation_config.json", "tokenizer_config.json"),
     "special_tokens_map.json",
 )
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,7 +46,7 @@ def capture(
     dtype: str = "float32",
     kv_cache: bool = False,
     batch: int = 1,
-    weights: bool = True,
+    weights: bool | Literal["unread"] = True,
 ) -> ExportedProgram:
     """Export a model for compression; the model itself is left as it is.
 
@@ -58,25 +64,33 @@ def capture(
         batch: rows of that program; without a cache any number goes.
         weights: False reads none of a folder, whose config.json is enough then; the program's
             tensors are on the meta device, which `plan` takes, however large the model is.
+            "unread" leaves them in the folder's safetensors, if it has such, from which `compress`
+            and `save` read what they need when they need it.
 
     Raises:
-        CaptureError: no such folder, not a model, or torch.export cannot trace it.
+        CaptureError: no such folder, not a model, a tensor is missing, or torch.export cannot trace
+            it.
     """
     manifest = Manifest()
     if dtype not in _DTYPES:
         raise CaptureError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     _check_cache(kv_cache, batch, given=example_inputs is not None or dynamic_shapes is not None)
-    if not weights and (kv_cache or isinstance(model, nn.Module)):
+    if weights is not True and (kv_cache or isinstance(model, nn.Module)):
         raise CaptureError(
-            "weights=False is for a folder or hub name without kv_cache, whose cache is tried out"
+            f"weights={weights!r} is for a folder or hub name without kv_cache, whose cache is "
+            f"tried out"
         )
+    missing: set[str] = set()
+    source = model
     with nullcontext() if weights else torch.device("meta"):
         if not isinstance(model, nn.Module):
             manifest = _text_manifest(model)
-            model = _load(model, dtype, weights)
-        return attach(
-            _captured(model, example_inputs, dynamic_shapes, max_length, kv_cache, batch), manifest
-        )
+            model, missing = _load(model, dtype, weights)
+        program = _captured(model, example_inputs, dynamic_shapes, max_length, kv_cache, batch)
+    lost = missing & {name.removeprefix("model.") for name in program.state_dict}
+    if lost:
+        raise CaptureError(f"{source}: its files hold no tensor {', '.join(sorted(lost))}")
+    return attach(_left_unread(program) if weights == "unread" else program, manifest)
 
 
 def _captured(
@@ -105,7 +119,7 @@ def _captured(
         program = torch.export.export(
             traced, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
-    return drop_unused(program)
+    return split_experts(drop_unused(program))
 
 
 def _check_cache(kv_cache: bool, batch: int, *, given: bool) -> None:
@@ -141,7 +155,7 @@ def _decoder(model: nn.Module, max_length: int | None, batch: int) -> ExportedPr
         program = torch.export.export(
             decoder, (), kwargs=inputs, dynamic_shapes=shapes, strict=False
         )
-    return drop_unused(program)
+    return split_experts(drop_unused(program))
 
 
 class _FirstOutput(nn.Module):
@@ -163,8 +177,12 @@ class _FirstOutput(nn.Module):
         self.forward = forward
 
 
-def _load(source: str | Path, dtype: str, weights: bool) -> nn.Module:
-    """The folder's own class if it is a causal language model, else the bare model."""
+def _load(
+    source: str | Path, dtype: str, weights: bool | Literal["unread"]
+) -> tuple[nn.Module, set[str]]:
+    """The folder's own class if it is a causal language model, else the bare model; and the names
+    of its tensors that the files do not hold.
+    """
     transformers = need("transformers")
     path = Path(source)
     looks_like_path = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
@@ -180,10 +198,81 @@ def _load(source: str | Path, dtype: str, weights: bool) -> nn.Module:
         causal = bool(names & set(config.architectures or ()))
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         if not weights:
-            return auto.from_config(config, dtype=_DTYPES[dtype]).eval()
-        return auto.from_pretrained(source, dtype=_DTYPES[dtype]).eval()
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            return auto.from_config(config, dtype=_DTYPES[dtype]).eval(), set()
+        state = _places(path, _DTYPES[dtype]) if weights == "unread" else None
+        if state is not None:
+            with torch.device("meta"):
+                auto = type(auto.from_config(config))
+        model, found = auto.from_pretrained(
+            *(source if state is None else None,),
+            config=config,
+            dtype=_DTYPES[dtype],
+            state_dict=state,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (
+        *(OSError, ValueError, KeyError, AttributeError, RuntimeError),
+        *(SafetensorError, ArtifactError),
+    ) as error:
         raise CaptureError(f"{source}: not a model that transformers can load ({error})") from error
+    for name, has, wants in found["mismatched_keys"]:
+        held = (_places(path, _DTYPES[dtype]) or {}).get(name)
+        place = None if held is None else place_of(held)
+        raise CaptureError(
+            f"{path if place is None else place.path}: {name} is {list(has)}, the model of "
+            f"config.json has {list(wants)}; one of the two belongs to another model"
+        )
+    if state is not None and not _all_in_place(model, state, found["missing_keys"]):
+        _LOG.warning("%s: its weights are made of others when read, so all are read now", source)
+        return _load(source, dtype, weights=True)
+    return model.eval(), set(found["missing_keys"])
+
+
+def _places(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    """For each tensor of a folder's safetensors one without values that knows where they are; None
+    where there are no such files.
+
+    transformers gives them their names in the model, and ties what is tied.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not single.is_file() and not index.is_file():
+        return None
+    files = [single]
+    if not single.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({folder / name for name in shards.values()})
+    found: dict[str, Place] = {}
+    for file in files:
+        found |= places(file)
+    return {
+        name: put(
+            # memory that nobody touches takes none
+            torch.empty(place.shape, dtype=dtype if place.dtype.is_floating_point else place.dtype),
+            place,
+        )
+        for name, place in found.items()
+    }
+
+
+def _all_in_place(model: Any, files: Mapping[str, torch.Tensor], missing: set[str]) -> bool:
+    """Did every tensor that was loaded stay what it is in a file, and did none depend on values?
+
+    Two that are tied and both in the files stay two if they differ.
+    """
+    stored = {key.removeprefix(f"{model.base_model_prefix}.") for key in files}
+    for pair in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if {name.removeprefix(f"{model.base_model_prefix}.") for name in pair} <= stored:
+            return False
+    state = model.state_dict(keep_vars=True)
+    return all(place_of(tensor) for name, tensor in state.items() if name not in missing)
+
+
+def _left_unread(program: ExportedProgram) -> ExportedProgram:
+    """The same program with the tensors that are in files left there."""
+    found = left_unread(program.state_dict)
+    changes = {name: read(found[name]) for name in written_buffers(program) if name in found}
+    return with_state(program, {**found, **changes})
 
 
 def _text_manifest(source: str | Path) -> Manifest:
@@ -267,7 +356,7 @@ def _tracing(model: nn.Module):  # type: ignore[no-untyped-def]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), routed_experts(model):
             yield
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise CaptureError(f"torch.export cannot trace {type(model).__name__}: {error}") from error

@@ -24,12 +24,16 @@ from slimfx import (
     cli_bench,
     cli_bench_kernels,
     cli_bench_model,
+    cli_budget,
     cli_export,
     cli_finetune,
+    cli_report,
+    journal,
     show,
     tasks,
 )
 from slimfx.errors import PlanError, SlimError
+from slimfx.runtime import archive
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
 from slimfx.stepper import is_artifact
@@ -49,6 +53,7 @@ app.command(epilog=cli_export.TARGET_TABLE)(cli_export.export)
 app.command("import")(cli_export.import_checkpoint)
 app.command()(cli_export.check)
 app.command()(cli_finetune.finetune)
+app.command("report")(cli_report.write_report)
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
 Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]
@@ -56,6 +61,15 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 RecipeOption = Annotated[
     str,
     typer.Option("--recipe", "-r", help="a preset such as slim or joint-q, or a YAML file."),
+]
+BaseRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="a preset such as slim or joint-q, or a YAML file. Default: joint; with a budget "
+        "joint-q, whose layouts and ranks are searched.",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -143,25 +157,41 @@ def plan(model: Model, recipe: RecipeOption = "joint", as_json: Json = False) ->
 def compress(
     model: Model,
     output: Output,
-    recipe: RecipeOption = "joint",
+    recipe: BaseRecipe = None,
     data: Data = None,
+    bits: cli_budget.Bits = None,
+    target_size: cli_budget.TargetSize = None,
+    max_loss: cli_budget.MaxLoss = None,
+    text: cli_budget.Text = None,
+    layouts: cli_budget.Layouts = None,
     form: Form = "op",
     as_json: Json = False,
 ) -> None:
-    """Compress a model and write it with its report.
+    """Compress a model and write it with its report; the same command goes on where a killed one
+    was.
 
-    Example: slimfx compress examples/demo_lm -o small.pt2 --recipe slim --form aten
+    Example: slimfx compress examples/demo_lm -o small.pt2 --bits 3.4 --form aten
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
-    with show.line("compress") as tell:
-        program = _program(model)
-        planned = slimfx.plan(program, recipe)
+    target = cli_budget.target_of(bits, target_size, max_loss)
+    read = is_artifact(model) or target is not None  # a search reads all weights more than once
+    with show.line("search" if target else "compress") as tell:
+        program = _program(model) if read else slimfx.capture(model, weights="unread")
+        chosen = cli_budget.recipe_for(
+            *(program, recipe, data, target), text=text, layouts=layouts, progress=tell
+        )
+    folder = output.with_name(f".{output.name}.journal")
+    with journal.opened(folder) as book, show.line("compress") as tell:
+        planned = slimfx.plan(program, chosen)
         small = slimfx.compress(
-            program, recipe, data, progress=lambda share, what: tell(0.1 + 0.7 * share, what)
+            *(program, chosen, data),
+            progress=lambda share, what: tell(0.1 + 0.7 * share, what),
+            journal=book,
         )
         tell(0.8, f"write {output}")
-        size = slimfx.save(small, output, form=form)
+        size = slimfx.save(small, folder / output.name, form=form)
+        archive.move(folder / output.name, output)
     result = {
         "file": str(output),
         "bytes": size,

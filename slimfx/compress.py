@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -13,17 +15,20 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from slimfx import calibrate, data
-from slimfx.calibrate import Walk
-from slimfx.errors import PlanError
+from slimfx.calibrate import Values, Walk
+from slimfx.errors import CalibrationError, PlanError
+from slimfx.journal import Journal, Layers, batches_after, begin, digest, finished, layers_of, write
 from slimfx.mask_file import check_names, mask_for, read_masks
+from slimfx.methods.absmax import absmax
 from slimfx.methods.masks import keep
-from slimfx.methods.quantized import Quantized
+from slimfx.methods.quantized import Quantized, quantize
 from slimfx.methods.stats import Stats
 from slimfx.passes.cut_blocks import Block, cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.observe_inputs import observe_inputs
 from slimfx.passes.replace_linears import replace_linears
-from slimfx.plan import PlanRow, adapter_layout, layout_of, plan
+from slimfx.passes.replace_tables import replace_tables
+from slimfx.plan import PlanRow, adapter_layout, layout_of, plan, tables_to_replace
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
 from slimfx.runtime.pack import (
@@ -38,6 +43,7 @@ from slimfx.runtime.pack import (
     pack_bitmask,
     pack_codes,
 )
+from slimfx.runtime.unread import give_back, place_of, read
 from slimfx.solve import Solution, learnable, learned_solution, solve
 from slimfx.steps import LayerRecipe
 from slimfx.tune import tune
@@ -52,6 +58,7 @@ def compress(
     calibration: Any = None,
     *,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> ExportedProgram:
     """A compressed copy of an exported program; the program, its tensors and global random state
     are unchanged.
@@ -61,30 +68,36 @@ def compress(
         recipe: a Recipe, a preset's name or the path of a YAML file.
         calibration: a source as in `slimfx.data`; None takes the English that comes with Python.
         progress: told how far the work is.
+        journal: keeps each block as it is finished, and has those an earlier run of the same job
+            finished; the result is to be saved before it is closed, since tensors stay in it.
 
     Raises:
         PlanError, CalibrationError, SolveError: nothing is half done; the message names the layers.
+        JournalError: the journal is of another job; names what differs.
     """
     recipe = Recipe.load(recipe)
-    if any(tensor.is_meta for tensor in program.state_dict.values()):
-        raise PlanError("the program has no weights: capture it without weights=False")
+    if any(tensor.is_meta and place_of(tensor) is None for tensor in program.state_dict.values()):
+        raise PlanError('the program has no weights: capture it with weights=True or "unread"')
     planned = {row.name: row for row in plan(program, recipe).rows}
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}
     sites = [site for site in find_linears(program) if site.name not in skipped]
     layers = {site.name: _layer(recipe, site) for site in sites}
-    job = _Job(program, recipe, sites, layers, _masks(sites, layers))
+    job = _Job(program, recipe, planned, sites, layers, _masks(sites, layers))
     batches = data.batches(program, calibration, recipe.calibration)
+    made = {"batches": len(batches), "sha256": data.digest(program, batches)}
+    if journal is not None:
+        begin(journal, _fingerprint(job, made))
     tell = progress or (lambda share, what: None)
 
-    packed: dict[str, PackedLinear] = {}
-    reports: list[LayerReport] = []
+    found: Layers = {}
     with torch.random.fork_rng():  # a program exported in training mode may draw
-        walk = calibrate.start(program, batches)
-        for site, solution, tokens in _solutions(job, walk, tell):
-            packed[site.name] = pack(solution, layers[site.name], _bias(program, site))
-            reports.append(_report(planned[site.name], solution, tokens))
+        for finished_layers in _blocks(job, calibrate.start(program, batches), journal, tell):
+            found |= finished_layers
+    packed = {name: linear for name, (linear, _) in found.items()}
+    reports = [report for _, report in found.values()]
     compressed = replace_linears(program, sites, packed)
-    return attach(compressed, _manifest(program, recipe, batches, reports, skipped))
+    compressed = replace_tables(compressed, _tables(program, recipe))
+    return attach(compressed, _manifest(job, made, reports, skipped))
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ class _Job:
 
     program: ExportedProgram
     recipe: Recipe
+    rows: dict[str, PlanRow]
     sites: list[Site]
     layers: dict[str, LayerRecipe]
     masks: dict[str, Tensor]
@@ -105,36 +119,93 @@ def _layer(recipe: Recipe, site: Site) -> LayerRecipe:
     return how
 
 
-def _solutions(job: _Job, walk: Walk, tell: Progress) -> Iterator[tuple[Site, Solution, int]]:
-    """Each site with its solution and its calibration tokens, block by block."""
-    program, layers = job.program, job.layers
-    full = frozenset(name for name, how in layers.items() if how.needs_covariance)
-    blocks = cut_blocks(program, job.sites)
+def _fingerprint(job: _Job, made: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what a job comes to."""
+    return {
+        "program": hashlib.sha256(str(job.program.graph).encode()).hexdigest(),
+        "weights": digest(job.program.state_dict),
+        "masks": digest(job.masks),
+        "recipe": job.recipe.to_dict(),
+        "data": made,
+        "versions": _versions(),
+    }
+
+
+def _blocks(job: _Job, walk: Walk, journal: Journal | None, tell: Progress) -> Iterator[Layers]:
+    """The compressed layers of each block, one after the other; of a journal, those it has."""
+    blocks = cut_blocks(job.program, job.sites)
     last = max(i for i, block in enumerate(blocks) if block.sites)
-    sizes = {site.name: site.out_features * site.in_features for site in job.sites}
-    total, done = sum(sizes.values()), 0
-    for block in blocks[: last + 1]:
-        tell(done / total, block.name or "model")
-        watched = observe_inputs(program, block.sites, set(block.nodes))
-        stats = calibrate.observe(walk, block, watched, full) if watched else {}
-        solved: dict[str, Solution] = {}
-        for site in block.sites:
-            solved[site.name] = solve(
-                *(site.name, _weight(program, site), stats[site.name], layers[site.name]),
-                mask=job.masks.get(site.name),
-                has_bias=_bias(program, site) is not None,
-            )
-            done += sizes[site.name]
-            tell(done / total, site.name)
-        if job.recipe.tune is not None and block.sites:
-            tell(done / total, f"tune {block.name}")
-            solved = _tuned(job, walk, block, stats, solved)
-        weights: dict[str, Tensor] = {}
-        for site in block.sites:
-            weights |= _as_stored(program, site, solved[site.name])
-            yield site, solved[site.name], stats[site.name].tokens
-        if block is not blocks[last]:
-            walk = calibrate.advance(walk, block, weights)
+    first, missed = 0, []
+    if journal is not None:
+        first = finished(journal)
+        for number in range(first):
+            missed += _unreached(layers := layers_of(journal, number))
+            yield layers
+        if 0 < first <= last:
+            walk = replace(walk, batches=batches_after(journal, first - 1, job.program))
+    sizes = [sum(s.out_features * s.in_features for s in block.sites) for block in blocks]
+    for number, block in enumerate(blocks[first : last + 1], first):
+        before, share = sum(sizes[:number]) / sum(sizes), sizes[number] / sum(sizes)
+        told = partial(_tell_share, tell, before, share)
+        found, batches = _block(job, walk, block, told, more=number < last)
+        missed += _unreached(found)
+        _check_coverage(missed, len(job.sites), job.recipe.calibration.min_coverage)
+        if journal is None:
+            walk = replace(walk, batches=list(batches))
+        else:
+            write(journal, number, found, batches)
+            found = layers_of(journal, number)
+            walk = replace(walk, batches=batches_after(journal, number, job.program))
+        give_back()
+        yield found
+
+
+def _tell_share(tell: Progress, before: float, share: float, done: float, what: str) -> None:
+    tell(before + share * done, what)
+
+
+def _block(
+    job: _Job, walk: Walk, block: Block, tell: Progress, *, more: bool
+) -> tuple[Layers, Iterator[Values]]:
+    """The compressed layers of a block and, if there are `more`, what reaches the next one."""
+    program, layers = job.program, job.layers
+    tell(0.0, block.name or "model")
+    full = frozenset(name for name, how in layers.items() if how.needs_covariance)
+    watched = observe_inputs(program, block.sites, set(block.nodes))
+    stats = calibrate.observe(walk, block, watched, full) if watched else {}
+    solved: dict[str, Solution] = {}
+    for i, site in enumerate(block.sites, 1):
+        solved[site.name] = solve(
+            *(site.name, _weight(program, site), stats[site.name], layers[site.name]),
+            mask=job.masks.get(site.name),
+            has_bias=_bias(program, site) is not None,
+        )
+        tell(i / len(block.sites), site.name)
+    if job.recipe.tune is not None and block.sites:
+        tell(1.0, f"tune {block.name}")
+        solved = _tuned(job, walk, block, stats, solved)
+    found: Layers = {}
+    weights: dict[str, Tensor] = {}
+    for site in block.sites:
+        solution = solved[site.name]
+        weights |= _as_stored(program, site, solution)
+        report = _report(job.rows[site.name], solution, stats[site.name].tokens)
+        found[site.name] = pack(solution, layers[site.name], _bias(program, site)), report
+    return found, calibrate.advance(walk, block, weights) if more else iter(())
+
+
+def _unreached(layers: Layers) -> list[str]:
+    return [name for name, (_, report) in layers.items() if report.tokens == 0]
+
+
+def _check_coverage(missed: list[str], layers: int, least: float) -> None:
+    """Refuse when tokens have missed more layers than the recipe allows."""
+    if 1 - len(missed) / layers < least:
+        more = f" ({len(missed)} of {layers} layers so far)" if len(missed) > 1 else ""
+        raise CalibrationError(
+            f"{missed[-1]}: no calibration token reached it{more}; give more data, add it to skip, "
+            f"or lower calibration.min_coverage ({least}), for it to take all inputs alike"
+        )
 
 
 def _tuned(
@@ -206,9 +277,23 @@ def pack(solution: Solution, how: LayerRecipe, bias: Tensor | None = None) -> Pa
     )
 
 
+def _tables(program: ExportedProgram, recipe: Recipe) -> dict[str, PackedDense | Tensor]:
+    """The embeddings as they are stored."""
+    found: dict[str, PackedDense | Tensor] = {}
+    for table in tables_to_replace(program, recipe):
+        weight = read(program.state_dict[table.fqn]).detach()
+        if recipe.embeddings == FLOAT_BITS:
+            found[table.fqn] = weight.to(torch.bfloat16)
+            continue
+        scale, width = absmax(weight, bits=8, granularity="channel", group=1), table.shape[1]
+        coded = quantize(weight, scale, group=width, bits=8)
+        found[table.fqn] = PackedDense(pack_codes(coded.codes, 8), coded.scale, 8, width)
+    return found
+
+
 def _pack_adapter(matrix: Quantized | Tensor, layout: Layout) -> PackedMatrix | Tensor:
     if isinstance(matrix, Tensor) and layout.where == "dense":
-        return matrix
+        return matrix.clone(memory_format=torch.contiguous_format)
     return _pack(matrix, layout, None)
 
 
@@ -228,7 +313,7 @@ def _pack(matrix: Quantized | Tensor, layout: Layout, mask: Tensor | None) -> Pa
 
 
 def _weight(program: ExportedProgram, site: Site) -> Tensor:
-    stored = program.state_dict[site.fqn].detach()
+    stored = read(program.state_dict[site.fqn]).detach()
     return stored.T if site.transposed else stored
 
 
@@ -236,7 +321,7 @@ def _bias(program: ExportedProgram, site: Site) -> Tensor | None:
     """The layer's own bias, if it is one value for each output."""
     if site.bias is None or program.state_dict[site.bias].shape != (site.out_features,):
         return None
-    return program.state_dict[site.bias].detach()
+    return read(program.state_dict[site.bias]).detach()
 
 
 def _as_stored(program: ExportedProgram, site: Site, solution: Solution) -> dict[str, Tensor]:
@@ -271,24 +356,24 @@ def _report(row: PlanRow, solution: Solution, tokens: int) -> LayerReport:
     )
 
 
+def _versions() -> dict[str, str]:
+    return {
+        "slimfx": version("slimfx"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def _manifest(
-    program: ExportedProgram,
-    recipe: Recipe,
-    batches: list[Any],
-    reports: list[LayerReport],
-    skipped: dict[str, str],
+    job: _Job, made: dict[str, Any], reports: list[LayerReport], skipped: dict[str, str]
 ) -> Manifest:
-    own = manifest_of(program)
+    own = manifest_of(job.program)
     return Manifest(
-        recipe=recipe.to_dict(),
+        recipe=job.recipe.to_dict(),
         layers=tuple(reports),
         skipped=skipped,
-        calibration={"batches": len(batches), "sha256": data.digest(program, batches)},
-        versions={
-            "slimfx": version("slimfx"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        calibration={**made, "coverage": sum(r.tokens > 0 for r in reports) / len(reports)},
+        versions=_versions(),
         tokenizer=own.tokenizer,
         eos_token=own.eos_token,
         model_files=own.model_files,

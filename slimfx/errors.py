@@ -20,12 +20,20 @@ class PlanError(SlimError):
     """The recipe does not fit the program; every problem is listed with the line that solves it."""
 
 
+class BudgetError(SlimError):
+    """A size or loss that cannot be reached, or a recipe that cannot be searched from."""
+
+
 class CalibrationError(SlimError):
     """The calibration data is missing, too short, or makes activations that are not finite."""
 
 
 class SolveError(SlimError):
     """A weight cannot be compressed: it is not finite, or the result would not be."""
+
+
+class JournalError(SlimError):
+    """The journal beside the output is of another job, in use, or damaged."""
 
 
 class FinetuneError(SlimError):
@@ -51,6 +59,7 @@ _EXTRAS = {
     "torchao": "executorch",
     "triton": "triton",
     "matplotlib": "plots",
+    "pandas": "notebook",
 }
 
 

@@ -11,7 +11,6 @@ the windows of each step.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from slimfx.capture import capture
 from slimfx.errors import FinetuneError, need
+from slimfx.journal import digest
 from slimfx.passes.inputs import call_arguments, module_of, tensor_inputs
 from slimfx.passes.train_adapters import Trained, put_back, train_adapters
 from slimfx.runtime.manifest import attach, manifest_of
@@ -76,8 +76,8 @@ def finetune(
     taught = None if teacher is None else _teacher(program, teacher)
     trainee = _Trainee(trainable, trained, taught)
     named = {**program.state_dict, **{str(i): b["labels"] for i, b in enumerate(batches)}}
-    known = None if taught is None else _digest(taught.state_dict)
-    job = {**asdict(how), "teacher": known, "sha256": _digest(named), "processes": processes}
+    known = None if taught is None else digest(taught.state_dict)
+    job = {**asdict(how), "teacher": known, "sha256": digest(named), "processes": processes}
     del job["save_every"]  # which changes nothing of the result
     with tempfile.TemporaryDirectory() as scratch, _random_state():
         folder = _folder(checkpoints, job, resume)
@@ -314,16 +314,6 @@ def _last_checkpoint(folder: Path | None) -> Path | None:
         return None
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _digest(named: Mapping[str, Tensor]) -> str:
-    """SHA-256 over tensors and their names."""
-    sha = hashlib.sha256()
-    for name, tensor in named.items():
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        sha.update(flat.numpy().tobytes())
-    return sha.hexdigest()
 
 
 @contextlib.contextmanager

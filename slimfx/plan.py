@@ -6,17 +6,23 @@ import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from slimfx import tables
 from slimfx.errors import PlanError
 from slimfx.methods.masks import NofM
 from slimfx.passes.base import input_specs, lifted_tensor
+from slimfx.passes.cut_blocks import cut_blocks
 from slimfx.passes.find_linears import Site, find_linears, storage_key
-from slimfx.recipe import Recipe
+from slimfx.passes.inputs import input_names, tensor_inputs
+from slimfx.passes.measure_live import live_bytes
+from slimfx.passes.replace_tables import Table, find_tables
+from slimfx.recipe import Calibration, Recipe
 from slimfx.runtime.manifest import manifest_of
 from slimfx.runtime.pack import FLOAT_BITS, Layout, fits_24
 from slimfx.steps import Adapter, LayerRecipe, Quantize
@@ -57,11 +63,14 @@ class Plan:
 
     rows: tuple[PlanRow, ...]
     other_bytes: int
-    """Embeddings, norms, biases and constants, which stay."""
+    """Embeddings, norms, biases and constants."""
+    saved_bytes: int
+    """Of those, what embeddings in fewer bits save."""
     overhead_bytes: int
     """Graph, manifest, tokenizer and golden inputs, about."""
     peak_memory: int
-    """Bytes of tensors held at the worst moment, activations of calibration not counted."""
+    """Bytes of tensors held at the worst moment; activations of calibration are counted where the
+    weights stay in files until a block needs them."""
 
     @property
     def bytes_before(self) -> int:
@@ -71,7 +80,7 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         """All tensors of the compressed program."""
-        return sum(row.bytes_after for row in self.rows) + self.other_bytes
+        return sum(row.bytes_after for row in self.rows) + self.other_bytes - self.saved_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -85,6 +94,32 @@ class Plan:
         weights = sum(row.out_features * row.in_features for row in rows)
         return 8 * sum(row.bytes_after for row in rows) / weights if weights else math.nan
 
+    def _repr_html_(self) -> str:
+        """A row for each linear, in notebooks."""
+        caption = f"{self.bytes_before:,} bytes become {self.bytes_after:,}"
+        return tables.table(caption, _COLUMNS, self.rows).html()
+
+    def to_pandas(self) -> Any:
+        """A data frame with a row for each linear.
+
+        Raises:
+            SlimError: pandas is not installed.
+        """
+        return tables.to_pandas(PlanRow, self.rows)
+
+
+_COLUMNS = {
+    "layer": ("name", ""),
+    "out": ("out_features", ",d"),
+    "in": ("in_features", ",d"),
+    "layout": ("layout", ""),
+    "rank": ("rank", "d"),
+    "method": ("method", ""),
+    "before": ("bytes_before", ",d"),
+    "after": ("bytes_after", ",d"),
+    "why it stays": ("skipped", ""),
+}
+
 
 def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     """One row for each linear of `program` under `recipe`, and what the file will weigh.
@@ -96,27 +131,113 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     recipe = Recipe.load(recipe)
     sites = find_linears(program)
     _refuse_problems(sites, recipe)
-    rows = tuple(_row(site, recipe.for_layer(site.name)) for site in sites)
+    tables = {table.fqn: table for table in tables_to_replace(program, recipe)}
+    rows = tuple(
+        _head_row(site, tables[site.fqn])
+        if site.fqn in tables
+        else row_of(site, recipe.for_layer(site.name))
+        for site in sites
+    )
     compressed = {site.fqn for site, row in zip(sites, rows, strict=True) if not row.skipped}
     linears = {storage_key(program.state_dict[s.fqn], s.fqn) for s in sites}
     other = sum(_nbytes(tensor) for key, tensor in _storages(program).items() if key not in linears)
+    saved = sum(
+        _nbytes(program.state_dict[fqn]) - table_bytes(table, recipe.embeddings or 0)
+        for fqn, table in tables.items()
+        if not table.heads
+    )
     dense = [4 * s.out_features * s.in_features for s in sites if s.fqn in compressed]
-    total = sum(row.bytes_after for row in rows) + other
+    held = sum(map(_nbytes, _storages(program).values())) + other - saved
+    held += sum(row.bytes_after for row in rows) + 6 * max(dense, default=0)
+    if any(tensor.is_meta for tensor in program.state_dict.values()):
+        chosen = [site for site in sites if site.fqn in compressed]
+        held = max(_block_bytes(program, chosen, recipe.calibration), 6 * max(dense, default=0))
     return Plan(
         rows=rows,
         other_bytes=other,
+        saved_bytes=saved,
         overhead_bytes=_overhead(program, rows),
-        peak_memory=sum(map(_nbytes, _storages(program).values()))
-        + total
-        + 6 * max(dense, default=0),
+        peak_memory=held,
     )
 
 
-def _row(site: Site, how: LayerRecipe | None) -> PlanRow:
+def _block_bytes(program: ExportedProgram, sites: list[Site], how: Calibration) -> int:
+    """What the largest block takes while a batch runs through it: weights and activations."""
+    sizes, rows = _batch_sizes(program, how)
+    lifted = set(input_specs(program)) - set(input_names(program))
+    most = 0
+    for block in cut_blocks(program, sites):
+        outside = {source for node in block.nodes for source in node.all_input_nodes}
+        outside -= set(block.nodes)
+        read = {node for node in outside if node.name in lifted}
+        widest = max((site.in_features for site in block.sites), default=0)
+        most = max(
+            most,
+            sum(_nbytes(node.meta["val"]) for node in read)
+            + live_bytes(block.nodes, block.live_out, outside - read, sizes)
+            + 2 * 4 * rows * widest,  # an input's values and squares in float32
+        )
+        if sites and block.sites[-1:] == tuple(sites[-1:]):
+            break  # nothing behind it is run
+    return most
+
+
+def _batch_sizes(program: ExportedProgram, how: Calibration) -> tuple[dict[Any, int], int]:
+    """The symbols of a text program's shapes in calibration, and the tokens of a batch."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    ids = tensor_inputs(program).get("input_ids")
+    if ids is None or len(ids.sizes) != 2:
+        return {}, 1
+    wanted = (how.batch, min(how.length, ids.sizes[1][1] or how.length))
+    shape = nodes["input_ids"].meta["val"].shape
+    pairs = zip(shape, wanted, strict=True)
+    return {s.node.expr: n for s, n in pairs if isinstance(s, torch.SymInt)}, math.prod(wanted)
+
+
+def tables_to_replace(program: ExportedProgram, recipe: Recipe) -> list[Table]:
+    """The embeddings that the recipe stores in fewer bits.
+
+    Raises:
+        PlanError: something reads one that can read nothing but floats.
+    """
+    bits, problems, found = recipe.embeddings, [], []
+    for table in find_tables(program) if bits is not None else []:
+        others = (*table.others, *(table.heads if bits == FLOAT_BITS else ()))
+        if others:
+            problems.append(
+                f"{table.fqn}: embeddings: {bits} does not fit a table that {', '.join(others)} "
+                f"reads, too; set embeddings: {'8' if not table.others else 'null'}"
+            )
+        if table.dtype.itemsize * 8 > bits:  # type: ignore[operator]
+            found.append(table)
+    if problems:
+        raise PlanError("\n".join(problems))
+    return found
+
+
+def table_bytes(table: Table, bits: int) -> int:
+    """What a table takes: bfloat16, or codes with a bfloat16 scale for each row."""
+    rows, width = table.shape
+    return rows * (2 * width if bits == FLOAT_BITS else width + 2)
+
+
+def _head_row(site: Site, table: Table) -> PlanRow:
+    """A head that multiplies with the codes of the embeddings."""
+    N, K = site.out_features, site.in_features
+    before, after = N * K * site.dtype.itemsize, table_bytes(table, 8)
+    return PlanRow(
+        *(site.name, N, K, "absmax 8 bit", "int8", 0, 0, before, after),
+        "tied to the embeddings, in eight bits",
+    )
+
+
+def row_of(site: Site, how: LayerRecipe | None) -> PlanRow:
+    """A linear under its recipe, its bytes exact; None leaves it as it is."""
     N, K = site.out_features, site.in_features
     before = N * K * site.dtype.itemsize
-    if how is None:
-        return PlanRow(site.name, N, K, "-", "dense", 0, 0, before, before, "skipped by the recipe")
+    if how is None or site.routes:
+        why = "topk chooses among its answers" if site.routes else "skipped by the recipe"
+        return PlanRow(site.name, N, K, "-", "dense", 0, 0, before, before, why)
     layout = layout_of(how)
     kept = N * K if how.pattern is None else how.pattern.kept(N, K)
     scales = 0 if how.quantize is None else scale_count(N, K, how.quantize)
@@ -187,8 +308,8 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
     problems = [
         (site.name, problem)
         for site in sites
-        if (how := recipe.for_layer(site.name)) is not None
-        for problem in _problems(site, how)
+        if (how := recipe.for_layer(site.name)) is not None and not site.routes
+        for problem in problems_of(site, how)
     ]
     if not any(recipe.for_layer(site.name) for site in sites):
         names = ", ".join(site.name for site in sites[:3]) or "the program has no linear layer"
@@ -201,7 +322,8 @@ def _refuse_problems(sites: list[Site], recipe: Recipe) -> None:
         )
 
 
-def _problems(site: Site, how: LayerRecipe) -> Iterable[str]:
+def problems_of(site: Site, how: LayerRecipe) -> Iterable[str]:
+    """Why the recipe cannot compress a linear, each with the line of a recipe that solves it."""
     N, K = site.out_features, site.in_features
     if site.other_readers:
         yield (

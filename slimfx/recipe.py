@@ -50,10 +50,17 @@ class Calibration:
     batch: int = 8
     """Samples that go through a block together; changes memory, not the result's meaning."""
     seed: int = 0
+    min_coverage: float = 1.0
+    """The share of the layers that some token must reach: experts that are never chosen are
+    compressed as if all their inputs mattered alike."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch"):
             at_least(f"calibration.{name}", getattr(self, name), 1)
+        if not 0 <= self.min_coverage <= 1:
+            raise RecipeError(
+                f"calibration.min_coverage: {self.min_coverage} is not a share, from 0 to 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,9 @@ class Recipe:
     inputs: Inputs | None = None
     tune: Tune | None = None
     """For whole blocks, so that no override changes it."""
+    embeddings: int | None = None
+    """Bits of the embedding tables: 16 is bfloat16, 8 codes with a scale for each row, which a head
+    tied to the table multiplies with, too; null leaves them as they are."""
     calibration: Calibration = field(default_factory=Calibration)
     skip: tuple[str, ...] = ("lm_head",)
     """Patterns of layers to leave as they are (see `matches`)."""
@@ -75,6 +85,7 @@ class Recipe:
     """The last matching one wins, key by key."""
 
     def __post_init__(self) -> None:
+        one_of("embeddings", self.embeddings, (None, 8, 16))
         plain = together = self._layer()
         for override in self.overrides:
             try:

@@ -200,7 +200,9 @@ def _notes(W: Tensor, stats: Stats, recipe: LayerRecipe) -> tuple[str, ...]:
             f"{dead} of {K} inputs were zero in every calibration token; their weights count as "
             f"the least important"
         )
-    if recipe.needs_covariance and stats.tokens < K:
+    if stats.tokens == 0:
+        found.append("no calibration token reached it; all its inputs were taken alike")
+    elif recipe.needs_covariance and stats.tokens < K:
         found.append(
             f"{stats.tokens} tokens cannot fill a covariance of {K} inputs; 1% of its mean "
             f"diagonal was added, as always"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.fx import Node
 
-from slimfx.calibrate import Walk, run, with_weights
+from slimfx.calibrate import Walk, read_block, run, with_weights
 from slimfx.errors import CalibrationError
 from slimfx.methods.learnable import Learnable
 from slimfx.passes.base import changes_in_place
@@ -58,6 +58,7 @@ def tune(
     Raises:
         CalibrationError: the loss is not finite; names the block.
     """
+    walk = read_block(walk, block)
     walk = replace(walk, lifted={node: _detached(v) for node, v in walk.lifted.items()})
     targets = [_target(walk, block, i) for i in range(len(walk.batches))]
     start = {fqn: each.values for fqn, each in learnables.items()}
@@ -85,7 +86,7 @@ def tune(
         return found
 
     least, best = total(), start
-    with _gradients(block):
+    with gradients(block):
         _descend(learned, loss, len(targets), epochs, rate, seed)
     if total() < least:
         best = {
@@ -114,7 +115,7 @@ def _descend(
 
 
 @contextlib.contextmanager
-def _gradients(block: Block) -> Iterator[None]:
+def gradients(block: Block) -> Iterator[None]:
     """Record gradients, also past operations that overwrite what the backward pass needs."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())

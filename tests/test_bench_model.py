@@ -7,17 +7,18 @@ from slimfx.errors import SlimError
 
 
 def test_the_rows_are_sane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_model, "VARIANTS", ("float32", "compressed"))
+    variants = ("float32", "compressed", "all compressed")
+    monkeypatch.setattr(bench_model, "VARIANTS", variants)
     told: list[str] = []
-    dense, small = bench_model.bench_model(
+    dense, small, least = bench_model.bench_model(
         size="tiny", tokens=3, batch=5, threads=1, progress=lambda share, name: told.append(name)
     )
-    assert told == [
-        f"{n}: {what}" for n in ("float32", "compressed") for what in ("compile", "run")
-    ]
+    assert told == [f"{n}: {what}" for n in variants for what in ("compile", "run")]
     assert small.linear_bytes < 0.15 * dense.linear_bytes  # 2:4 int4 with adapters: 3.7 bits
     assert small.weight_bytes < dense.weight_bytes
-    for row in (dense, small):
+    tables = 2 * 32000 * 256  # float32 in `small`; two bytes and one in `least`
+    assert small.weight_bytes - least.weight_bytes == pytest.approx(tables / 2 * (2 + 3), rel=0.01)
+    for row in (dense, small, least):
         assert row.one > 0 and row.many > 0
         assert row.peak >= row.resident > row.weight_bytes
 

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from models import DEMO, captured, compressed, word_tokenizer
+from models import DEMO, captured, case, compressed, word_tokenizer
 from slimfx.runtime.manifest import Manifest, attach, manifest_of
 from slimfx.runtime.targets import pt2
 
@@ -26,7 +26,7 @@ import slimfx
 from slimfx import cli
 from slimfx.recipe import Recipe
 
-COMMANDS = ["capture", "plan", "compress", "eval", "generate", "inspect", "check"]
+COMMANDS = ["capture", "plan", "compress", "eval", "generate", "inspect", "check", "report"]
 RECIPE = """
 preset: slim
 calibration: {samples: 2, length: 64}
@@ -151,6 +151,21 @@ def test_compress_reports_what_it_saved(made: Made) -> None:
     assert 3 < said["bits_per_weight"] < 6
 
 
+def test_compress_of_a_folder_writes_what_the_whole_model_gives(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "model", tmp_path / "recipe.yaml"
+    case("llama").model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "tokenizer.json").write_text(word_tokenizer())
+    recipe.write_text("calibration: {samples: 2, length: 16}")
+    text = ["w1 w2 w3 w5 w8 w13 w21 w34 w55 w89 " * 4]
+    (tmp_path / "text.txt").write_text(text[0])
+    output = tmp_path / "small.pt2"
+    run("compress", folder, "-o", output, "-r", recipe, "-d", tmp_path / "text.txt", "--json")
+    small = slimfx.compress(slimfx.capture(folder), str(recipe), text)
+    slimfx.save(small, tmp_path / "whole.pt2")
+    assert output.read_bytes() == (tmp_path / "whole.pt2").read_bytes()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_plan_says_before_what_compress_does(made: Made) -> None:
     said = from_json(run("plan", made.dense, "-r", made.recipe, "--json"))
     layers = {row["name"]: row for row in said["layers"]}
@@ -196,19 +211,58 @@ def test_check_passes_on_what_compress_wrote(made: Made) -> None:
     assert said["tokens_per_second"] > 0
 
 
-def test_check_exits_with_3_when_a_weight_is_another(tiny: Path, tmp_path: Path) -> None:
-    changed = tmp_path / "changed.pt2"
-    with zipfile.ZipFile(tiny) as old, zipfile.ZipFile(changed, "w") as new:
+def with_another_weight(path: Path, changed: Path) -> None:
+    """The same file but for one bit of a weight."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
         for entry in old.infolist():
             data = old.read(entry)
             if entry.filename.endswith("weights/weight_2"):
                 data = bytes([data[0] ^ 0x80]) + data[1:]
             new.writestr(entry.filename, data)
+
+
+def test_check_exits_with_3_when_a_weight_is_another(tiny: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.pt2"
+    with_another_weight(tiny, changed)
     said = run("check", changed, "--json")
     assert said.code == 3
     assert json.loads(said.out)["passed"] is False
     assert run("check", changed).code == 3
     assert run("check", tiny).code == 0
+
+
+def test_report_writes_a_page_and_says_whether_the_check_passed(tiny: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    said = from_json(run("report", tiny, "-o", output, "--json"))
+    assert said == {
+        **{"file": str(output), "bytes": output.stat().st_size},
+        "tiny.pt2 answers as recorded": True,
+    }
+    assert "<h1>tiny.pt2, compressed by slimfx</h1>" in output.read_text(encoding="utf-8")
+    assert run("report", tiny, tiny, "-o", output).code == 0
+    assert "<h1>A: tiny.pt2 beside B: tiny.pt2" in output.read_text(encoding="utf-8")
+
+
+def test_report_exits_with_3_and_still_writes_when_a_weight_is_another(
+    tiny: Path, tmp_path: Path
+) -> None:
+    changed, output = tmp_path / "changed.pt2", tmp_path / "report.html"
+    with_another_weight(tiny, changed)
+    assert run("report", tiny, changed, "-o", output).code == 3
+    assert "OTHER ANSWERS" in output.read_text(encoding="utf-8")
+
+
+def test_report_measures_the_perplexity_beside_dense(made: Made, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    more = ["--text", made.text, "--samples", "1", "--dense", made.dense]
+    assert run("report", made.small, "-o", output, *more).code == 0
+    figures = [
+        from_json(run("eval", model, "--data", made.text, "--samples", "1", "--json"))["value"]
+        for model in (made.small, made.dense)
+    ]
+    page = output.read_text(encoding="utf-8")
+    assert f"<dd>{figures[0]:,.2f}</dd>" in page
+    assert f"{figures[1]:,.2f} dense" in page
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])
@@ -260,6 +314,8 @@ def test_help_lists_every_command() -> None:
     "line",
     [
         ["squeeze"],
+        ["report"],
+        ["report", "a.pt2", "b.pt2", "c.pt2"],
         ["compress", "model"],
         ["plan"],
         ["check"],

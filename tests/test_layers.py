@@ -25,11 +25,11 @@ FORBIDDEN = {
 OPTIONAL = (
     *("transformers", "tokenizers", "datasets", "triton", "onnx", "executorch"),
     *("matplotlib", "lm_eval", "onnxscript", "onnxruntime", "torchao", "peft"),
-    *("compressed_tensors", "accelerate"),
+    *("compressed_tensors", "accelerate", "pandas"),
 )
 TERMINAL = {
     *("cli.py", "cli_bench.py", "cli_bench_kernels.py", "cli_bench_model.py", "cli_export.py"),
-    *("cli_finetune.py", "show.py"),
+    *("cli_budget.py", "cli_finetune.py", "cli_report.py", "__main__.py", "show.py"),
 }
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.jit")
 
@@ -113,7 +113,7 @@ def test_only_the_command_line_knows_the_terminal() -> None:
     known = (
         *("typer", "rich", "slimfx.cli", "slimfx.cli_bench", "slimfx.cli_bench_kernels"),
         *("slimfx.cli_bench_model", "slimfx.cli_export"),
-        *("slimfx.cli_finetune", "slimfx.show"),
+        *("slimfx.cli_budget", "slimfx.cli_finetune", "slimfx.cli_report", "slimfx.show"),
     )
     assert {path.name for path in SOURCES} >= TERMINAL
     wrong = [
@@ -183,7 +183,7 @@ def test_no_function_is_longer_than_60_lines(path: Path) -> None:
     assert long == []
 
 
-def test_no_file_is_longer_than_400_lines_and_all_together_22500() -> None:
+def test_no_file_is_longer_than_400_lines_and_all_together_25500() -> None:
     """9000 until CPU kernels, their packages, the torch.compile backend and benches came in, 11000
     until GPU kernels, the cache, three targets and the imports did, 21000 until fine-tuning and
     cuSPARSELt's form did.
@@ -193,7 +193,7 @@ def test_no_file_is_longer_than_400_lines_and_all_together_22500() -> None:
         for name, path in zip(NAMES, SOURCES, strict=True)
     }
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert sum(lines.values()) <= 22500
+    assert sum(lines.values()) <= 25500
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

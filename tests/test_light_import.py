@@ -31,7 +31,7 @@ def fresh() -> dict[str, Any]:
     "heavy",
     [
         *("transformers", "tokenizers", "datasets", "typer", "rich"),
-        *("matplotlib", "lm_eval", "onnx", "executorch"),
+        *("matplotlib", "pandas", "lm_eval", "onnx", "executorch"),
     ],
 )
 def test_importing_slimfx_does_not_import(fresh: dict[str, Any], heavy: str) -> None:

@@ -16,13 +16,16 @@ from models import (
     RECIPES,
     SOLVED,
     Chain,
+    answer,
     bits,
     captured,
     case,
     compressed,
     compressed_demo_lm,
     demo_lm,
+    ids,
     normal,
+    tiny_llama,
 )
 from slimfx.runtime.manifest import manifest_of
 from torch import Tensor, nn
@@ -31,8 +34,10 @@ from torch.export import ExportedProgram
 import slimfx
 from slimfx.errors import PlanError, SlimError
 from slimfx.plan import Plan, PlanRow, adapter_layout, layout_of, scale_count
-from slimfx.recipe import Recipe
+from slimfx.recipe import Calibration, Recipe
 from slimfx.steps import Adapter, Inputs, LayerRecipe, Override, Prune, Quantize, Solve, Transform
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 class Wide(nn.Module):
@@ -225,6 +230,16 @@ def test_what_costs_nothing_in_the_layer_changes_no_byte(wide: ExportedProgram) 
 def test_memory_holds_at_least_the_program_before_and_after(wide: ExportedProgram) -> None:
     planned = slimfx.plan(wide)
     assert planned.peak_memory >= planned.bytes_before + planned.bytes_after + 4 * 384 * 128
+
+
+def test_memory_of_a_folder_is_that_of_its_largest_block(tmp_path: Path) -> None:
+    def peak(layers: int, samples: int = 8, batch: int = 8) -> int:
+        tiny_llama(num_hidden_layers=layers).config.save_pretrained(tmp_path)
+        how = Recipe(calibration=Calibration(samples=samples, batch=batch))
+        return slimfx.plan(slimfx.capture(tmp_path, weights=False), how).peak_memory
+
+    assert peak(6) == peak(2) == peak(2, samples=800)
+    assert peak(2, batch=16) > 1.9 * peak(2)
 
 
 def test_a_plan_looks_at_no_weight_and_no_data() -> None:
@@ -429,7 +444,7 @@ def test_a_configuration_is_planned_as_its_model_is(kind: str, tmp_path: Path) -
 def test_a_program_without_weights_is_for_plan_alone(tmp_path: Path) -> None:
     case("llama").model.config.save_pretrained(tmp_path)
     program = slimfx.capture(tmp_path, weights=False)
-    with pytest.raises(PlanError, match="has no weights: capture it without weights=False"):
+    with pytest.raises(PlanError, match="has no weights: capture it with weights=True"):
         slimfx.compress(program, RECIPES["slim"], case("llama").batches)
     with pytest.raises(SlimError, match="weights=False is for a folder"):
         slimfx.capture(Wide(), (normal(1, 4, 128),), weights=False)
@@ -448,3 +463,57 @@ def test_a_model_larger_than_any_memory_is_planned(tmp_path: Path) -> None:
     block = 2 * 16384 * (16384 + 1024) + 3 * 16384 * 53248
     assert planned.bytes_before == 4 * (2 * (block + 2 * 16384) + 2 * 128256 * 16384 + 16384) + 512
     assert 3.5 < planned.bits_per_weight < 3.8
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The difference, as a share of b."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_in_fewer_bits_to_the_byte(bits: int, tied: bool) -> None:
+    if tied and bits == 16:
+        return  # the next test
+    torch.manual_seed(0)
+    program = slimfx.capture(tiny_llama(tie_word_embeddings=tied).eval())
+    recipe = dataclasses.replace(RECIPES["slim-q"], embeddings=bits)
+    table = program.state_dict["model.model.embed_tokens.weight"]
+    before, after = slimfx.plan(program, RECIPES["slim-q"]), slimfx.plan(program, recipe)
+    stored = len(table) * (2 * table.shape[1] if bits == 16 else table.shape[1] + 2)
+    assert before.bytes_after - after.bytes_after == table.nbytes - stored
+    small = slimfx.compress(program, recipe, ids(1, 4, 16))
+    plain = slimfx.compress(program, RECIPES["slim-q"], ids(1, 4, 16))
+    held = [sum(t.nbytes for t in each.state_dict.values()) for each in (plain, small)]
+    assert held[0] - held[1] == table.nbytes * (1 + tied) - stored  # a tied table has two names
+    x = {"input_ids": ids(2, 2, 9)}
+    assert apart(answer(small.module(), x), answer(plain.module(), x)) < 0.02
+
+
+def test_a_table_that_is_tied_to_the_head_is_not_rounded() -> None:
+    program = slimfx.capture(tiny_llama(tie_word_embeddings=True).eval())
+    said = r"embed_tokens.weight: embeddings: 16 .* linear_14 reads, too; set embeddings: 8"
+    with pytest.raises(PlanError, match=said):
+        slimfx.plan(program, Recipe(embeddings=16))
+
+
+EVERYTHING = """
+preset: slim-q
+embeddings: 8
+skip: []
+overrides:
+- {match: lm_head, prune: null, adapter: null,
+   quantize: {method: absmax, bits: 8, granularity: channel}}
+"""
+"""Of the README: the head and the table in eight bits."""
+
+
+def test_a_model_compressed_to_its_ends_answers_nearly_as_with_a_float_head() -> None:
+    assert EVERYTHING.strip().replace("\n", "\n    ") in README.read_text(encoding="utf-8")
+    recipe, program = Recipe.from_yaml(EVERYTHING), captured("llama")
+    small = slimfx.compress(program, recipe, ids(1, 4, 16))
+    head = next(row for row in manifest_of(small).layers if row.name == "model.lm_head")
+    assert (head.layout, head.rank) == ("int8", 0)
+    x = {"input_ids": ids(2, 2, 9)}
+    plain = slimfx.compress(program, RECIPES["slim-q"], ids(1, 4, 16))
+    assert apart(answer(small.module(), x), answer(plain.module(), x)) < 0.02

@@ -7,14 +7,17 @@ form "aten"  the ops written out: runs wherever torch does, with the packed weig
 from __future__ import annotations
 
 import tempfile
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import slimfx.runtime.ops  # noqa: F401  op-form programs name these ops
 import torch
+from slimfx.passes.base import with_state
 from slimfx.passes.decompose import decompose
-from slimfx.runtime import archive, golden
+from slimfx.runtime import archive, golden, unread_archive
 from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import Manifest, attach, manifest_of
 from torch._export.verifier import SpecViolationError
@@ -61,7 +64,8 @@ def save(
             )
     manifest = replace(manifest_of(program), form=form)
     inputs = program.example_inputs
-    stored = decompose(program) if form == "aten" else program
+    unread = unread_archive.left(program)
+    stored = _written_out(program, unread) if form == "aten" else program
     own = {
         "manifest.json": manifest.to_json().encode(),
         "golden.safetensors": golden.record(stored, inputs),
@@ -71,10 +75,12 @@ def save(
     with archive.atomic(path) as temporary:
         with tempfile.TemporaryFile(dir=path.parent) as raw, temporary.open("wb") as file:
             sink = archive.Sink(raw)
-            torch.export.save(stored, sink)  # type: ignore[arg-type]
+            with warnings.catch_warnings():  # views of one stack, which is written once
+                warnings.filterwarnings("ignore", "No complete tensor found in the group")
+                torch.export.save(unread_archive.with_stand_ins(stored), sink)  # type: ignore[arg-type]
             sink.finish()
-            archive.rewrite(raw, file, own)
-        if verify and not check(temporary).identical:
+            archive.rewrite(raw, file, own, unread_archive.records(raw, unread))
+        if verify and not _check(temporary, TOLERANCE, unread=bool(unread)).identical:
             raise ArtifactError(
                 f"{path}: the saved file answers differently from the program; not written"
             )
@@ -109,7 +115,11 @@ def check(path: str | Path, *, tolerance: float = TOLERANCE) -> CheckResult:
     Raises:
         ArtifactError: as `load`, or the file carries no golden outputs.
     """
-    program, recorded = _load(Path(path))
+    return _check(Path(path), tolerance, unread=False)
+
+
+def _check(path: Path, tolerance: float, *, unread: bool) -> CheckResult:
+    program, recorded = _load(path, unread=unread)
     if recorded is None:
         raise ArtifactError(f"{path}: carries no golden outputs; it was not written by slimfx")
     return golden.replay(program, recorded, tolerance)
@@ -138,13 +148,20 @@ def _manifest(own: dict[str, bytes]) -> Manifest:
         raise ArtifactError(f"the manifest or the tokenizer is not text ({error})") from error
 
 
-def _load(path: Path) -> tuple[ExportedProgram, bytes | None]:
+def _written_out(program: ExportedProgram, unread: Mapping[str, torch.Tensor]) -> ExportedProgram:
+    """The program without slimfx ops, its unread tensors still unread."""
+    if not unread:
+        return decompose(program)
+    return with_state(decompose(unread_archive.with_stand_ins(program, whole=True)), unread)
+
+
+def _load(path: Path, *, unread: bool = False) -> tuple[ExportedProgram, bytes | None]:
     with _opened(path) as file:
         own = archive.inspect(file, path.name)
         manifest = _manifest(own)
         try:
             with tempfile.TemporaryFile() as clean:  # only what was looked at reaches torch
-                archive.rewrite(file, clean, {})
+                archive.rewrite(file, clean, {}, unread_archive.emptied(file) if unread else {})
                 clean.seek(0)
                 program = torch.export.load(clean)
         except _UNREADABLE as error:
@@ -152,6 +169,8 @@ def _load(path: Path) -> tuple[ExportedProgram, bytes | None]:
                 f"{path.name}: torch {torch.__version__} cannot read this program: {error}"
             ) from error
     _check_state(program, path.name)
+    if unread:
+        unread_archive.leave_(program, path)
     attach(program, manifest)
     recorded = own.get("golden.safetensors")
     if recorded is not None:

@@ -35,3 +35,21 @@ def low_rank_under(
         ES = E @ torch.linalg.cholesky(H)
         R, _ = torch.linalg.qr(ES @ leading_eigenvectors(ES.T, rank, fast=fast))
     return peak * (R.T @ E), R
+
+
+def left_by_rank(error: Tensor, covariance: Tensor, weights: Tensor) -> Tensor:
+    """sum_n w_n (E C E^T)_nn that the best adapter of each rank leaves: float64 [min(N, K) + 1].
+
+    C [K, K] is damped; the adapter is the best for equal weights [N], as `low_rank_under` finds it:
+    with E S = U diag(s) V^T and C = S S^T, its rank r leaves sum_(i > r) s_i^2 sum_n w_n U_ni^2.
+    """
+    E, C = error.float(), damped(covariance)
+    if E.shape[0] <= E.shape[1]:
+        energies, U = torch.linalg.eigh(E @ C @ E.T)
+        parts = U.square() * energies.clamp_min(0)
+    else:
+        ES = E @ torch.linalg.cholesky(C)
+        parts = (ES @ torch.linalg.eigh(ES.T @ ES).eigenvectors).square()
+    weighed = (weights.to(parts) @ parts).double()  # smallest energy first
+    left = torch.cat([weighed.new_zeros(1), weighed.cumsum(0)]).flip(0)
+    return left * covariance.diagonal().mean().double()

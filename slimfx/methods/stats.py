@@ -79,6 +79,16 @@ def empty_stats(
     return Stats(0, zeros, zeros, zeros, zeros, products)
 
 
+def unreached_stats(stats: Stats) -> Stats:
+    """Statistics, still of no token, in which every input matters alike and none goes with another:
+    the rule for an expert that calibration never chose.
+    """
+    ones = torch.ones_like(stats.square_sum)
+    products = stats.product_sum
+    identity = None if products is None else torch.eye(len(ones), device=ones.device)
+    return Stats(0, ones, ones, ones, torch.zeros_like(ones), identity)
+
+
 def add_tokens(stats: Stats, x: Tensor) -> Stats:
     """Add the rows of `x` [tokens, K]; sums are taken in float32 within a call, float64 across."""
     x = x.detach().float()

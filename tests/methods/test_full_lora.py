@@ -6,7 +6,7 @@ from torch import Tensor
 
 from slimfx.methods import COMPENSATORS
 from slimfx.methods.covariance import damped
-from slimfx.methods.full_lora import full_lora, low_rank_under
+from slimfx.methods.full_lora import full_lora, left_by_rank, low_rank_under
 from slimfx.methods.stats import Stats, add_tokens, empty_stats
 
 
@@ -63,3 +63,21 @@ def test_a_dead_channel_and_one_token_stay_finite() -> None:
 def test_statistics_without_covariance_are_refused() -> None:
     with pytest.raises(AssertionError, match="without the covariance"):
         full_lora(torch.randn(4, 8), empty_stats(8), rank=1)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_what_is_left_at_every_rank_is_what_the_adapters_leave(shape: tuple[int, int]) -> None:
+    E, C, weights = torch.randn(shape), watched(shape[1]).covariance, torch.rand(shape[0])
+    H = damped(C) * C.diagonal().mean()
+    left = left_by_rank(E, C, weights)
+    assert left.shape == (min(shape) + 1,)
+    for rank in (0, 1, 7, min(shape)):
+        L, R = low_rank_under(E, damped(C), rank) if rank else (E[:0], E[:, :0])
+        rest = (E - R @ L).double()
+        wanted = float(weights.double() @ ((rest @ H.double()) * rest).sum(1))
+        assert left[rank].item() == pytest.approx(wanted, rel=1e-3, abs=1e-5 * left[0].item())
+
+
+def test_inputs_that_were_always_zero_leave_nothing() -> None:
+    left = left_by_rank(torch.randn(6, 4), torch.zeros(4, 4), torch.ones(6))
+    assert left.tolist() == [0.0] * 5

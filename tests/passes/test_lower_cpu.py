@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from models import KINDS, RECIPES, answer, captured, case, compressed, count
+from models import KINDS, RECIPES, answer, captured, case, compressed, count, ids, tiny_llama
 from slimfx.passes.base import input_specs
 from slimfx.passes.decompose import slimfx_nodes
 from slimfx.passes.lower_cpu import lower_cpu
@@ -119,3 +119,24 @@ def test_adapters_without_bits_keep_their_floats() -> None:
     lowered, report = lower_cpu(program)
     assert report.left == ()
     assert same_answer("llama", program, lowered)
+
+
+@pytest.mark.parametrize("vocabulary", [96, 90])
+def test_embeddings_are_looked_up_in_the_bytes_of_their_tied_head(vocabulary: int) -> None:
+    program = slimfx.capture(tiny_llama(tie_word_embeddings=True, vocab_size=vocabulary).eval())
+    recipe = dataclasses.replace(RECIPES["slim-q"], embeddings=8)
+    small = slimfx.compress(program, recipe, ids(1, 4, 16) % vocabulary)
+    lowered, _ = lower_cpu(small)
+    prefix = "model.model.embed_tokens.slim_"
+    assert prefix + "codes" in small.state_dict and prefix + "codes" not in lowered.state_dict
+    for shape in ((1, 1), (3, 9)):
+        x = {"input_ids": ids(2, *shape) % vocabulary}
+        torch.testing.assert_close(
+            answer(lowered.module(), x), answer(small.module(), x), rtol=1e-4, atol=1e-5
+        )
+    everything = {"input_ids": torch.arange(vocabulary)[None, :32]}
+    torch.testing.assert_close(
+        *(answer(lowered.module(), everything), answer(small.module(), everything)),
+        rtol=1e-4,
+        atol=1e-5,
+    )

@@ -1,0 +1,235 @@
+"""What each layer may become: bytes to the byte, and the loss each form of it is predicted to cost.
+
+For each layer and layout the weight is solved once without an adapter. The eigenvectors of E H E^T,
+with E what is left of the weight and H the covariance of its inputs, say what an adapter of rank r
+leaves of that in the outputs, each weighed by how much it matters (`sensitivity`):
+
+    loss(layout, r) ~ f sum_(i > r) lambda_i sum_n s_n U_ni^2
+
+f is what the joint solver gains beyond the adapter of a fixed weight. It varies little from layer
+to layer and from rank to rank, and is measured for one layer of each shape in the middle block.
+Statistics come from the dense model, one block at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from slimfx import calibrate, data
+from slimfx.calibrate import Walk
+from slimfx.errors import BudgetError
+from slimfx.methods.full_lora import left_by_rank
+from slimfx.methods.stats import Stats
+from slimfx.passes.cut_blocks import Block, cut_blocks
+from slimfx.passes.find_linears import Site, find_linears
+from slimfx.passes.observe_inputs import observe_inputs
+from slimfx.plan import problems_of, row_of
+from slimfx.recipe import Recipe
+from slimfx.sensitivity import sensitivities
+from slimfx.solve import solve
+from slimfx.steps import LayerRecipe, Prune, Quantize
+
+LAYOUTS: dict[str, tuple[Prune | None, int]] = {
+    "int2": (None, 2),
+    "bitmask int3": (Prune("sparsegpt", sparsity=0.5), 3),
+    "2:4 int4": (Prune("sparsegpt"), 4),
+    "bitmask int4": (Prune("sparsegpt", sparsity=0.5), 4),
+    "int3": (None, 3),
+    "int4": (None, 4),
+    "int8": (None, 8),
+}
+"""What a weight may be stored as, beside as it is: what is pruned, and the bits of a code."""
+
+_EXACT = ("int8",)
+"""Layouts that leave an adapter nothing to do."""
+_SENSITIVE_SAMPLES = 8
+_RANKS, _LARGEST = 64, 0.25
+"""Ranks are steps of one part in `_RANKS` of the smaller side, up to `_LARGEST` of it."""
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a layer may become: None is as it is."""
+
+    how: LayerRecipe | None
+    bytes: int
+    loss: float
+    """Predicted rise of the mean loss in nats (of a program without text, of its squared error)."""
+
+
+Candidates = Mapping[str, Sequence[Candidate]]
+"""By layer."""
+
+
+def candidates(
+    program: ExportedProgram,
+    calibration: Any = None,
+    *,
+    recipe: Recipe,
+    layouts: Iterable[str] = tuple(LAYOUTS),
+    progress: Progress | None = None,
+) -> Candidates:
+    """What each layer may become, its bytes exact, its loss predicted.
+
+    Raises:
+        BudgetError: the recipe or a layout is not one that can be searched.
+    """
+    layouts, tell = list(layouts), progress or (lambda share, what: None)
+    if unknown := [name for name in layouts if name not in LAYOUTS]:
+        raise BudgetError(f"layout {unknown[0]!r} is not one of {', '.join(LAYOUTS)}")
+    sites = linears_of(program, recipe)
+    batches = data.batches(program, calibration, recipe.calibration)
+    blocks = cut_blocks(program, sites)
+    curves: dict[str, dict[str, Tensor]] = {}
+    gains = dict.fromkeys(layouts, 1.0)
+    with torch.random.fork_rng():
+        tell(0.0, "sensitivity")
+        few = batches[: max(1, _SENSITIVE_SAMPLES // recipe.calibration.batch)]
+        matters = sensitivities(program, blocks, few, seed=recipe.calibration.seed)
+        walk = calibrate.start(program, batches)
+        holders = [block for block in blocks if block.sites]
+        for block in blocks[: blocks.index(holders[-1]) + 1]:
+            tell(0.1 + 0.9 * len(curves) / len(sites), block.name or "model")
+            layers = _layers(walk, block, recipe, matters)
+            curves |= {each.site.name: _curves(each, layouts) for each in layers}
+            if block is holders[len(holders) // 2]:
+                shapes = list({layer.W.shape: layer for layer in layers}.values())
+                gains = {name: _gain(shapes, name, curves) for name in layouts}
+            if block is not holders[-1]:
+                walk = replace(walk, batches=list(calibrate.advance(walk, block, {})))
+    found = {site.name: _candidates(site, recipe, curves[site.name], gains) for site in sites}
+    return {name: _nameable(name, each, found) for name, each in found.items()}
+
+
+def linears_of(program: ExportedProgram, recipe: Recipe) -> list[Site]:
+    """The linears that the recipe does not skip.
+
+    Raises:
+        BudgetError: there is none, one cannot be compressed, or its solver's error is not what the
+            search predicts.
+    """
+    found = []
+    for site in find_linears(program):
+        how = recipe.for_layer(site.name)
+        if how is None or site.routes:
+            continue
+        full = how.adapter is None or how.adapter.full
+        if how.solve.method != "joint" or how.scales_inputs or not full:
+            raise BudgetError(
+                f"{site.name}: a budget is searched for solve.method joint without a transform, "
+                f"not {how.solve.method}; start from the preset joint or joint-q"
+            )
+        for problem in problems_of(site, _how(how, "int8", 0)):  # such as tied weights
+            raise BudgetError(f"{site.name}: {problem}")
+        found.append(site)
+    if not found:
+        raise BudgetError("the recipe skips every linear; take some of them out of skip")
+    return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear of the block that is being looked at."""
+
+    site: Site
+    how: LayerRecipe
+    W: Tensor
+    stats: Stats
+    matters: Tensor
+    """How much each output matters [N]."""
+    has_bias: bool
+
+    def left(self, how: LayerRecipe) -> Tensor:
+        """The error E [N, K] of the weight as `how` solves it."""
+        solution = solve(self.site.name, self.W, self.stats, how, has_bias=self.has_bias)
+        return self.W - solution.dense()
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of the inputs [K, K], about their mean where the bias takes that up."""
+        centred = self.has_bias and self.how.solve.correct_bias
+        return (self.stats.centred() if centred else self.stats).covariance
+
+
+def _layers(
+    walk: Walk, block: Block, recipe: Recipe, matters: Mapping[str, Tensor]
+) -> list[_Layer]:
+    program = walk.program
+    watched = observe_inputs(program, block.sites, set(block.nodes))
+    names = frozenset(site.name for site in block.sites)
+    stats = calibrate.observe(walk, block, watched, names) if watched else {}
+    found = []
+    for site in block.sites:
+        stored, how = program.state_dict[site.fqn].detach().float(), recipe.for_layer(site.name)
+        assert how is not None
+        W = stored.T if site.transposed else stored
+        weights = matters.get(site.name, W.new_zeros(len(W)))  # no output depends on it
+        found.append(_Layer(site, how, W, stats[site.name], weights, site.bias is not None))
+    return found
+
+
+def _curves(layer: _Layer, layouts: Iterable[str]) -> dict[str, Tensor]:
+    """For each possible layout, the loss that the best adapter leaves, by rank."""
+    found = {}
+    for layout in layouts:
+        how = _how(layer.how, layout, 0)
+        if not any(problems_of(layer.site, how)):
+            found[layout] = left_by_rank(layer.left(how), layer.covariance, layer.matters)
+    return found
+
+
+def _gain(layers: list[_Layer], layout: str, curves: dict[str, dict[str, Tensor]]) -> float:
+    """The loss of the joint solver in shares of what an adapter of its rank leaves by itself."""
+    shares = []
+    for layer in layers:
+        curve, adapter = curves[layer.site.name].get(layout), layer.how.adapter
+        if curve is None or adapter is None or layout in _EXACT:
+            continue
+        rank = adapter.rank_for(*layer.W.shape)
+        E, H = layer.left(_how(layer.how, layout, rank)), layer.covariance
+        if curve[rank] > 0:
+            shares.append((layer.matters @ ((E @ H) * E)).sum().item() / curve[rank].item())
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+def _how(base: LayerRecipe, layout: str, rank: int) -> LayerRecipe:
+    """A layer's recipe with another layout and rank."""
+    prune, bits = LAYOUTS[layout]
+    return dataclasses.replace(
+        base,
+        prune=prune,
+        quantize=dataclasses.replace(base.quantize or Quantize(), bits=bits),
+        adapter=dataclasses.replace(base.adapter, rank=rank) if base.adapter and rank else None,
+    )
+
+
+def _candidates(
+    site: Site,
+    recipe: Recipe,
+    curves: Mapping[str, Tensor],
+    gains: Mapping[str, float],
+) -> list[Candidate]:
+    base, smaller = recipe.for_layer(site.name), min(site.out_features, site.in_features)
+    assert base is not None
+    ranks = range(0, int(_LARGEST * smaller) + 1, max(1, smaller // _RANKS))
+    found = [Candidate(None, site.out_features * site.in_features * site.dtype.itemsize, 0.0)]
+    for layout, curve in curves.items():
+        for rank in ranks if base.adapter and layout not in _EXACT else [0]:
+            how = _how(base, layout, rank)
+            loss = curve[rank].item() * (gains[layout] if rank else 1.0)
+            found.append(Candidate(how, row_of(site, how).bytes_after, loss))
+    return found
+
+
+def _nameable(name: str, found: list[Candidate], names: Iterable[str]) -> list[Candidate]:
+    """Without what only `skip` says, where that would skip another layer by the end of its name."""
+    ambiguous = any(other.endswith(f".{name}") for other in names)
+    return found[1:] if ambiguous and len(found) > 1 else found

@@ -1,0 +1,80 @@
+"""The choice over all places, beside trying every combination."""
+
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimfx.methods.allocate import Option, allocate, hull
+
+OPTION = st.builds(Option, st.integers(0, 30), st.integers(0, 100))
+PLACES = st.lists(st.lists(OPTION, min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def total(places: list[list[Option]], chosen: tuple[int, ...] | list[int]) -> Option:
+    options = [place[i] for place, i in zip(places, chosen, strict=True)]
+    return Option(sum(o.spend for o in options), sum(o.value for o in options))
+
+
+def every(places: list[list[Option]]) -> list[Option]:
+    return [total(places, c) for c in product(*(range(len(place)) for place in places))]
+
+
+def largest_step(places: list[list[Option]]) -> float:
+    """The most that one step along any hull gains."""
+    gains = [0.0]
+    for place in places:
+        corners = [place[i].value for i in hull(place)]
+        gains += [a - b for a, b in pairwise(corners)]
+    return max(gains)
+
+
+@given(PLACES, st.integers(0, 120))
+@settings(max_examples=300, deadline=None)
+def test_is_within_one_step_of_the_best_combination(places: list[list[Option]], limit: int) -> None:
+    chosen = allocate(places, limit)
+    possible = [t.value for t in every(places) if t.spend <= limit]
+    if chosen is None:
+        assert not possible
+        return
+    found = total(places, chosen)
+    assert found.spend <= limit
+    assert min(possible) <= found.value <= min(possible) + largest_step(places)
+
+
+@given(PLACES, st.integers(1, 50))
+@settings(max_examples=200, deadline=None)
+def test_is_the_best_where_a_multiplier_says_so(places: list[list[Option]], m: int) -> None:
+    """What minimises value + m spend in each place is the best for what it spends."""
+    by_multiplier = [min(place, key=lambda o: (o.value + m * o.spend, o.spend)) for place in places]
+    limit = sum(option.spend for option in by_multiplier)
+    chosen = allocate(places, limit)
+    assert chosen is not None
+    assert total(places, chosen).value == min(t.value for t in every(places) if t.spend <= limit)
+
+
+@given(PLACES, st.integers(0, 120))
+@settings(max_examples=100, deadline=None)
+def test_no_single_change_that_fits_is_better(places: list[list[Option]], limit: int) -> None:
+    chosen = allocate(places, limit)
+    if chosen is None:
+        return
+    found = total(places, chosen)
+    for p, place in enumerate(places):
+        for i in range(len(place)):
+            changed = total(places, [*chosen[:p], i, *chosen[p + 1 :]])
+            assert changed.spend > limit or changed.value >= found.value
+
+
+def test_the_hull_leaves_out_what_a_mixture_beats() -> None:
+    options = [Option(4, 1), Option(0, 10), Option(2, 7), Option(2, 9), Option(3, 2), Option(5, 1)]
+    assert hull(options) == [1, 4, 0]
+
+
+@pytest.mark.parametrize("limit", [-1, 4.5])
+def test_too_little_for_the_least_is_none(limit: float) -> None:
+    places = [[Option(2, 1), Option(3, 0)], [Option(3, 1)]]
+    assert allocate(places, limit) is None
+    assert allocate(places, 5) == [0, 0]
+    assert allocate(places, 6) == [1, 0]
