@@ -114,8 +114,8 @@ def test_memory_and_flops_are_those_of_equations_12_and_13(
 ) -> None:
     recipe, memory, flops = MEASURES[name]
     planned = slimfx.plan(program, recipe)
-    assert bench_methods._memory(planned) == pytest.approx(memory, rel=1e-9)
-    assert bench_methods._flops(planned, recipe) == pytest.approx(flops, rel=1e-9)
+    assert bench_methods.memory_share(planned) == pytest.approx(memory, rel=1e-9)
+    assert bench_methods.flops_share(planned, recipe) == pytest.approx(flops, rel=1e-9)
 
 
 def test_a_model_is_measured_dense_first_and_then_case_by_case() -> None:
