@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from models import captured, demo_lm, word_tokenizer
+from slimfx.passes.base import edit
 from slimfx.runtime.manifest import Manifest, attach
 from slimfx.runtime.targets import pt2
 from test_cli import from_json, run
@@ -81,7 +82,7 @@ def test_what_is_impossible_is_one_line(
     tmp_path: Path, options: list[str], code: int, message: str
 ) -> None:
     dense, text, recipe = (tmp_path / name for name in ("dense.pt2", "text.txt", "recipe.yaml"))
-    pt2.save(attach(captured("llama"), Manifest(tokenizer=word_tokenizer())), dense)
+    pt2.save(attach(edit(captured("llama")).finish(), Manifest(tokenizer=word_tokenizer())), dense)
     text.write_text("w1 w2 w3 w4 w5 " * 40)
     recipe.write_text("{preset: joint-q, calibration: {samples: 2, length: 24}}")
     chosen = [] if "-r" in options else ["-r", recipe]
