@@ -18,7 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from slimfx.capture import capture
-from slimfx.errors import ArtifactError
+from slimfx.errors import ArtifactError, CaptureError
 from slimfx.passes.find_linears import Site, find_linears, storage_key
 from slimfx.passes.replace_linears import replace_linears
 from slimfx.runtime.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -61,7 +61,12 @@ def import_checkpoint(
     folder = Path(folder)
     checkpoint = read_checkpoint(folder, None if adapter is None else Path(adapter))
     with _dense(folder, checkpoint) as dense:
-        program = capture(dense, max_length=max_length, dtype=dtype, kv_cache=kv_cache, batch=batch)
+        try:
+            program = capture(
+                dense, max_length=max_length, dtype=dtype, kv_cache=kv_cache, batch=batch
+            )
+        except CaptureError as error:  # the caller knows the folder it gave
+            raise ArtifactError(str(error).replace(str(dense), str(folder))) from error
     sites = find_linears(program)
     packed = _placed(folder, checkpoint, {site.fqn: site for site in sites})
     _check_parameters(folder, checkpoint, program)

@@ -15,7 +15,8 @@ LONG = (
     *("passes/test_lower_onnx.py", "passes/test_lower_pte.py", "passes/test_grow_cache.py"),
     *("e2e/test_cache", "e2e/test_cpp_runner.py", "e2e/test_examples.py", "e2e/test_targets.py"),
     *("test_import_checkpoint.py", "test_bench_model.py", "test_bench_kernels.py"),
-    *("test_finetune.py", "passes/test_train_adapters.py"),
+    *("test_finetune.py", "passes/test_train_adapters.py", "docs/test_docs.py"),
+    *("test_report_browser.py", "e2e/test_experts.py", "e2e/test_embeddings.py"),
 )
 """Files of `make test-long`: kernels and deployment targets, which compile, and what trains; `make
 test` has all others.

@@ -16,8 +16,8 @@ def test_the_rows_are_sane(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [f"{n}: {what}" for n in variants for what in ("compile", "run")]
     assert small.linear_bytes < 0.15 * dense.linear_bytes  # 2:4 int4 with adapters: 3.7 bits
     assert small.weight_bytes < dense.weight_bytes
-    tables = 2 * 32000 * 256  # float32 in `small`; two bytes and one in `least`
-    assert small.weight_bytes - least.weight_bytes == pytest.approx(tables / 2 * (2 + 3), rel=0.01)
+    rows, width = 32000, 256  # of the table and of the head: float32, or codes with a scale a row
+    assert small.weight_bytes - least.weight_bytes == 2 * rows * (4 * width - (width + 2))
     for row in (dense, small, least):
         assert row.one > 0 and row.many > 0
         assert row.peak >= row.resident > row.weight_bytes

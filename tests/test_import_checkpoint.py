@@ -417,7 +417,7 @@ def asking(**weights: Any) -> Change:
 REFUSED_PACKED: dict[str, tuple[Change, str]] = {
     "no scale": (without(f"{NAME}.weight_scale"), "down_proj.weight_scale: missing"),
     "no shape": (without(f"{NAME}.weight_shape"), "down_proj.weight_shape: missing"),
-    "a norm is missing": (without("model.norm.weight"), "model.norm.weight is not in the"),
+    "a norm is missing": (without("model.norm.weight"), "files hold no tensor model.norm.weight"),
     "other words": (
         changed(f"{NAME}.weight_packed", lambda t: t[:, 1:]),
         "7 words a row are not those of 64 codes of 4 bits",
