@@ -17,7 +17,7 @@ def main() -> None:
         names = set(wheel.namelist())
     wanted = {"slimfx/py.typed", "slimfx/runtime/inductor/linear.h"}
     for folder, place in FOLDERS.items():
-        sources = (ROOT / folder).rglob("*.py")
+        sources = [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("pages/*")]
         wanted |= {place + path.relative_to(ROOT).as_posix() for path in sources}
     about = {name for name in names if ".dist-info/" in name}
     assert names - about == wanted, sorted((names - about) ^ wanted)
