@@ -1,12 +1,13 @@
 """Walk a program block by block: watch what reaches the linears, then move on, compressed.
 
 The state between blocks is, for each batch, the values later blocks still read. Block i + 1
-therefore sees the output of the compressed block i.
+therefore sees the output of the compressed block i. Of several processes each has some batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from slimfx.passes.cut_blocks import Block
 from slimfx.passes.find_linears import storage_key
 from slimfx.passes.inputs import flat_inputs, input_names
 from slimfx.passes.observe_inputs import Observation
+from slimfx.ranks import ALONE, Ranks, attempt, shares
 from slimfx.runtime.unread import read_value
 
 Values = dict[Node, Any]
@@ -36,12 +38,22 @@ class Walk:
 
     program: ExportedProgram
     lifted: Values
-    batches: list[Values]
-    masks: list[Tensor | None]
+    batches: dict[int, Values]
+    """By the number of the batch: those of this process."""
+    masks: dict[int, Tensor | None]
+    shares: list[range]
+    """All batches, cut into runs; run i is that of process i modulo their number."""
+    ranks: Ranks = ALONE
+
+    def told(self, number: int, work: Callable[[], Any]) -> Any:
+        """What `work` comes to in the process of that batch, in every process."""
+        [run] = [i for i, share in enumerate(self.shares) if number in share]
+        mine = number in self.batches
+        return self.ranks.told(run % self.ranks.size, attempt(work) if mine else None)
 
 
-def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
-    """Stand before the first block.
+def start(program: ExportedProgram, batches: Sequence[Any], ranks: Ranks = ALONE) -> Walk:
+    """Stand before the first block, with the batches that are this process's.
 
     Raises:
         CalibrationError: there is no batch.
@@ -55,11 +67,17 @@ def start(program: ExportedProgram, batches: Sequence[Any]) -> Walk:
         if spec.kind is not InputKind.USER_INPUT
     }
     users = [nodes[name] for name in input_names(program)]
-    values = [dict(zip(users, flat_inputs(program, batch), strict=True)) for batch in batches]
-    masks = [
-        next((v for n, v in each.items() if n.name == "attention_mask"), None) for each in values
-    ]
-    return Walk(program, lifted, values, masks)
+    cut = shares(len(batches))
+    values = {
+        i: dict(zip(users, flat_inputs(program, batches[i]), strict=True))
+        for share in cut[ranks.own :: ranks.size]
+        for i in share
+    }
+    masks = {
+        i: next((v for n, v in each.items() if n.name == "attention_mask"), None)
+        for i, each in values.items()
+    }
+    return Walk(program, lifted, values, masks, cut, ranks)
 
 
 def read_block(walk: Walk, block: Block) -> Walk:
@@ -86,35 +104,55 @@ def observe(
         CalibrationError: an input is NaN or infinite; names the layer.
     """
     walk = read_block(walk, block)
-    stats: dict[Node, Stats] = {}
-    watches = {watch.node: watch for watch in watched}
-
-    def watch(node: Node, x: Tensor, mask: Tensor | None) -> None:
-        rows = _rows(x, mask, watches[node].mask)
-        if node not in stats:
-            full = not covariance.isdisjoint(watches[node].sites)
-            stats[node] = empty_stats(rows.shape[1], rows.device, covariance=full)
-        stats[node] = add_tokens(stats[node], rows)
-
-    for values, mask in zip(walk.batches, walk.masks, strict=True):
-        seen = partial(watch, mask=mask)
-        run(walk, block, values, keep=frozenset(), watch=dict.fromkeys(watches, seen))
+    totals: dict[str, Stats] = {}
+    for found in walk.ranks.each(
+        walk.shares, lambda share: _sums(walk, block, watched, covariance, share)
+    ):
+        for name, sums in found.items():
+            totals[name] = merge(totals[name], sums) if name in totals else sums
     sites: dict[str, Stats] = {}
-    for node, found in stats.items():
-        for name in watches[node].sites:
-            _check(name, found)
-            sites[name] = merge(sites[name], found) if name in sites else found
+    for watch in watched:
+        total = totals[watch.node.name]
+        for name in watch.sites:
+            _check(name, total)
+            sites[name] = merge(sites[name], total) if name in sites else total
     return {
         name: found if found.tokens else unreached_stats(found) for name, found in sites.items()
     }
 
 
+def _sums(
+    walk: Walk,
+    block: Block,
+    watched: Sequence[Observation],
+    covariance: frozenset[str],
+    numbers: Iterable[int],
+) -> dict[str, Stats]:
+    """The statistics of some batches at each watched node, by its name."""
+    watches = {watch.node: watch for watch in watched}
+    stats: dict[str, Stats] = {}
+
+    def watch(node: Node, x: Tensor, mask: Tensor | None) -> None:
+        rows = _rows(x, mask, watches[node].mask)
+        if node.name not in stats:
+            full = not covariance.isdisjoint(watches[node].sites)
+            stats[node.name] = empty_stats(rows.shape[1], rows.device, covariance=full)
+        stats[node.name] = add_tokens(stats[node.name], rows)
+
+    for i in numbers:
+        seen = partial(watch, mask=walk.masks[i])
+        run_batch(walk, block, i, keep=frozenset(), watch=dict.fromkeys(watches, seen))
+    return stats
+
+
 @torch.no_grad()
-def advance(walk: Walk, block: Block, weights: Mapping[str, Tensor]) -> Iterator[Values]:
+def advance(
+    walk: Walk, block: Block, weights: Mapping[str, Tensor]
+) -> Iterator[tuple[int, Values]]:
     """Run a block with other weights (parameter name -> tensor): each batch's values behind it."""
     changed = read_block(with_weights(walk, weights), block)  # what is replaced is not read
-    for values in walk.batches:
-        yield run(changed, block, values, keep=block.live_out)
+    for i in walk.batches:
+        yield i, run_batch(changed, block, i, keep=block.live_out)
 
 
 def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
@@ -133,6 +171,20 @@ def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
         return swaps.get(storage_key(own, str(specs[node.name].target)), value)
 
     return replace(walk, lifted={node: now(node, value) for node, value in walk.lifted.items()})
+
+
+def run_batch(
+    walk: Walk,
+    block: Block,
+    number: int,
+    keep: frozenset[Node],
+    watch: Mapping[Node, Callable[[Node, Tensor], None]] | None = None,
+) -> Values:
+    """`run` on a batch; random operations draw the same whenever it goes through the block, and
+    in whatever process.
+    """
+    torch.manual_seed(zlib.crc32(f"{block.nodes[0].name} {number}".encode()))
+    return run(walk, block, walk.batches[number], keep, watch)
 
 
 def run(

@@ -104,7 +104,7 @@ def candidates(
                 shapes = list({layer.W.shape: layer for layer in layers}.values())
                 gains = {name: _gain(shapes, name, curves) for name in layouts}
             if block is not holders[-1]:
-                walk = replace(walk, batches=list(calibrate.advance(walk, block, {})))
+                walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
     found = {site.name: _candidates(site, recipe, curves[site.name], gains) for site in sites}
     return {name: _nameable(name, each, found) for name, each in found.items()}
 

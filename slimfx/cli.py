@@ -29,6 +29,7 @@ from slimfx import (
     cli_finetune,
     cli_report,
     journal,
+    ranks,
     show,
     tasks,
 )
@@ -171,27 +172,33 @@ def compress(
     was.
 
     Example: slimfx compress examples/demo_lm -o small.pt2 --bits 3.4 --form aten
+    On two processors: torchrun --nproc-per-node 2 -m slimfx compress ...
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
     target = cli_budget.target_of(bits, target_size, max_loss)
     read = is_artifact(model) or target is not None  # a search reads all weights more than once
-    with show.line("search" if target else "compress") as tell:
-        program = _program(model) if read else slimfx.capture(model, weights="unread")
-        chosen = cli_budget.recipe_for(
-            *(program, recipe, data, target), text=text, layouts=layouts, progress=tell
-        )
     folder = output.with_name(f".{output.name}.journal")
-    with journal.opened(folder) as book, show.line("compress") as tell:
-        planned = slimfx.plan(program, chosen)
-        small = slimfx.compress(
-            *(program, chosen, data),
-            progress=lambda share, what: tell(0.1 + 0.7 * share, what),
-            journal=book,
-        )
-        tell(0.8, f"write {output}")
-        size = slimfx.save(small, folder / output.name, form=form)
-        archive.move(folder / output.name, output)
+    with ranks.joined() as mine:
+        seen = mine.own == 0
+        with show.line("search" if target else "compress", seen=seen) as tell:
+            program = _program(model) if read else slimfx.capture(model, weights="unread")
+            chosen = cli_budget.recipe_for(
+                *(program, recipe, data, target), text=text, layouts=layouts, progress=tell
+            )
+        with journal.opened(folder, mine) as book, show.line("compress", seen=seen) as tell:
+            planned = slimfx.plan(program, chosen)
+            small = slimfx.compress(
+                *(program, chosen, data),
+                progress=lambda share, what: tell(0.1 + 0.7 * share, what),
+                journal=book,
+                ranks=mine,
+            )
+            if not seen:
+                return
+            tell(0.8, f"write {output}")
+            size = slimfx.save(small, folder / output.name, form=form)
+            archive.move(folder / output.name, output)
     result = {
         "file": str(output),
         "bytes": size,

@@ -17,32 +17,32 @@ from torch.export import ExportedProgram
 from slimfx import calibrate, data
 from slimfx.calibrate import Values, Walk
 from slimfx.errors import CalibrationError, PlanError
-from slimfx.journal import Journal, Layers, batches_after, begin, digest, finished, layers_of, write
+from slimfx.journal import (
+    Journal,
+    Layers,
+    batches_after,
+    begin,
+    digest,
+    finished,
+    keep_live,
+    layers_of,
+    write,
+)
 from slimfx.mask_file import check_names, mask_for, read_masks
 from slimfx.methods.absmax import absmax
-from slimfx.methods.masks import keep
-from slimfx.methods.quantized import Quantized, quantize
+from slimfx.methods.quantized import quantize
 from slimfx.methods.stats import Stats
+from slimfx.pack_solution import pack_solution
 from slimfx.passes.cut_blocks import Block, cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.observe_inputs import observe_inputs
 from slimfx.passes.replace_linears import replace_linears
 from slimfx.passes.replace_tables import replace_tables
-from slimfx.plan import PlanRow, adapter_layout, layout_of, plan, tables_to_replace
+from slimfx.plan import PlanRow, plan, tables_to_replace
+from slimfx.ranks import ALONE, Ranks
 from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
-from slimfx.runtime.pack import (
-    FLOAT_BITS,
-    Layout,
-    Packed24,
-    PackedBitmask,
-    PackedDense,
-    PackedLinear,
-    PackedMatrix,
-    pack_24,
-    pack_bitmask,
-    pack_codes,
-)
+from slimfx.runtime.pack import FLOAT_BITS, PackedDense, pack_codes
 from slimfx.runtime.unread import give_back, place_of, read
 from slimfx.solve import Solution, learnable, learned_solution, solve
 from slimfx.steps import LayerRecipe
@@ -59,6 +59,7 @@ def compress(
     *,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> ExportedProgram:
     """A compressed copy of an exported program; the program, its tensors and global random state
     are unchanged.
@@ -70,10 +71,13 @@ def compress(
         progress: told how far the work is.
         journal: keeps each block as it is finished, and has those an earlier run of the same job
             finished; the result is to be saved before it is closed, since tensors stay in it.
+        ranks: the processes that call this with the same arguments and share the work; the journal
+            must be in a folder that all of them see. All get the same result.
 
     Raises:
         PlanError, CalibrationError, SolveError: nothing is half done; the message names the layers.
         JournalError: the journal is of another job; names what differs.
+        SlimError: another process has ended.
     """
     recipe = Recipe.load(recipe)
     if any(tensor.is_meta and place_of(tensor) is None for tensor in program.state_dict.values()):
@@ -82,16 +86,16 @@ def compress(
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}
     sites = [site for site in find_linears(program) if site.name not in skipped]
     layers = {site.name: _layer(recipe, site) for site in sites}
-    job = _Job(program, recipe, planned, sites, layers, _masks(sites, layers))
+    job = _Job(program, recipe, planned, sites, layers, _masks(sites, layers), journal)
     batches = data.batches(program, calibration, recipe.calibration)
     made = {"batches": len(batches), "sha256": data.digest(program, batches)}
     if journal is not None:
-        begin(journal, _fingerprint(job, made))
+        ranks.once(lambda: begin(journal, _fingerprint(job, made)))
     tell = progress or (lambda share, what: None)
 
     found: Layers = {}
     with torch.random.fork_rng():  # a program exported in training mode may draw
-        for finished_layers in _blocks(job, calibrate.start(program, batches), journal, tell):
+        for finished_layers in _blocks(job, calibrate.start(program, batches, ranks), tell):
             found |= finished_layers
     packed = {name: linear for name, (linear, _) in found.items()}
     reports = [report for _, report in found.values()]
@@ -111,6 +115,7 @@ class _Job:
     layers: dict[str, LayerRecipe]
     masks: dict[str, Tensor]
     """Of the layers whose recipe takes them from a file."""
+    journal: Journal | None
 
 
 def _layer(recipe: Recipe, site: Site) -> LayerRecipe:
@@ -131,18 +136,18 @@ def _fingerprint(job: _Job, made: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _blocks(job: _Job, walk: Walk, journal: Journal | None, tell: Progress) -> Iterator[Layers]:
+def _blocks(job: _Job, walk: Walk, tell: Progress) -> Iterator[Layers]:
     """The compressed layers of each block, one after the other; of a journal, those it has."""
-    blocks = cut_blocks(job.program, job.sites)
+    blocks, journal = cut_blocks(job.program, job.sites), job.journal
     last = max(i for i, block in enumerate(blocks) if block.sites)
     first, missed = 0, []
     if journal is not None:
-        first = finished(journal)
+        first = walk.ranks.once(lambda: finished(journal))
         for number in range(first):
             missed += _unreached(layers := layers_of(journal, number))
             yield layers
         if 0 < first <= last:
-            walk = replace(walk, batches=batches_after(journal, first - 1, job.program))
+            walk = _behind(job.program, walk, journal, first - 1)
     sizes = [sum(s.out_features * s.in_features for s in block.sites) for block in blocks]
     for number, block in enumerate(blocks[first : last + 1], first):
         before, share = sum(sizes[:number]) / sum(sizes), sizes[number] / sum(sizes)
@@ -151,13 +156,32 @@ def _blocks(job: _Job, walk: Walk, journal: Journal | None, tell: Progress) -> I
         missed += _unreached(found)
         _check_coverage(missed, len(job.sites), job.recipe.calibration.min_coverage)
         if journal is None:
-            walk = replace(walk, batches=list(batches))
+            walk = replace(walk, batches=dict(batches))
         else:
-            write(journal, number, found, batches)
+            _write(walk, journal, number, found, batches)
             found = layers_of(journal, number)
-            walk = replace(walk, batches=batches_after(journal, number, job.program))
+            walk = _behind(job.program, walk, journal, number)
         give_back()
         yield found
+
+
+def _write(
+    walk: Walk,
+    journal: Journal,
+    number: int,
+    found: Layers,
+    batches: Iterator[tuple[int, Values]],
+) -> None:
+    """Finish a block in the journal: each process keeps its batches, the first the layers."""
+    ranks, live = walk.ranks, dict[str, Any]()
+    for described in ranks.each(range(ranks.size), lambda _: keep_live(journal, number, batches)):
+        live |= described
+    ranks.once(lambda: write(journal, number, found, live))
+
+
+def _behind(program: ExportedProgram, walk: Walk, journal: Journal, number: int) -> Walk:
+    """The walk behind a block of the journal."""
+    return replace(walk, batches=batches_after(journal, number, program, walk.batches))
 
 
 def _tell_share(tell: Progress, before: float, share: float, done: float, what: str) -> None:
@@ -166,7 +190,7 @@ def _tell_share(tell: Progress, before: float, share: float, done: float, what: 
 
 def _block(
     job: _Job, walk: Walk, block: Block, tell: Progress, *, more: bool
-) -> tuple[Layers, Iterator[Values]]:
+) -> tuple[Layers, Iterator[tuple[int, Values]]]:
     """The compressed layers of a block and, if there are `more`, what reaches the next one."""
     program, layers = job.program, job.layers
     tell(0.0, block.name or "model")
@@ -174,13 +198,18 @@ def _block(
     watched = observe_inputs(program, block.sites, set(block.nodes))
     stats = calibrate.observe(walk, block, watched, full) if watched else {}
     solved: dict[str, Solution] = {}
-    for i, site in enumerate(block.sites, 1):
-        solved[site.name] = solve(
+
+    def solution_of(site: Site) -> Solution:
+        return solve(
             *(site.name, _weight(program, site), stats[site.name], layers[site.name]),
             mask=job.masks.get(site.name),
             has_bias=_bias(program, site) is not None,
         )
-        tell(i / len(block.sites), site.name)
+
+    alike = sorted(block.sites, key=lambda site: -site.out_features * site.in_features)
+    for site, solution in zip(alike, walk.ranks.each(alike, solution_of), strict=True):
+        solved[site.name] = solution
+        tell(len(solved) / len(block.sites), site.name)
     if job.recipe.tune is not None and block.sites:
         tell(1.0, f"tune {block.name}")
         solved = _tuned(job, walk, block, stats, solved)
@@ -190,7 +219,7 @@ def _block(
         solution = solved[site.name]
         weights |= _as_stored(program, site, solution)
         report = _report(job.rows[site.name], solution, stats[site.name].tokens)
-        found[site.name] = pack(solution, layers[site.name], _bias(program, site)), report
+        found[site.name] = pack_solution(solution, layers[site.name], _bias(program, site)), report
     return found, calibrate.advance(walk, block, weights) if more else iter(())
 
 
@@ -256,27 +285,6 @@ def _masks(sites: list[Site], recipes: dict[str, LayerRecipe]) -> dict[str, Tens
     return masks
 
 
-def pack(solution: Solution, how: LayerRecipe, bias: Tensor | None = None) -> PackedLinear:
-    """The stored form of a solution; `bias` is the layer's own, which a bias shift is added to."""
-    weight, shift = solution.weight, solution.bias_shift
-    mask = None
-    if how.pattern is not None:  # every non-zero value, and zeros up to the number that stays
-        values = weight.codes if isinstance(weight, Quantized) else weight
-        mask = keep((values != 0).float(), how.pattern)
-    shifted = None if bias is None or shift is None else (bias.float() + shift).to(bias.dtype)
-    L = R = Layout("dense", FLOAT_BITS)
-    if how.adapter is not None:
-        L, R = adapter_layout(how.adapter), Layout("dense", how.adapter.bits)
-    return PackedLinear(
-        weight=_pack(weight, layout_of(how), mask),
-        L=None if solution.L is None else _pack_adapter(solution.L, L),
-        R=None if solution.R is None else _pack_adapter(solution.R, R),
-        input_scale=solution.input_scale,
-        bias=shifted,
-        fp8=how.inputs is not None,
-    )
-
-
 def _tables(program: ExportedProgram, recipe: Recipe) -> dict[str, PackedDense | Tensor]:
     """The embeddings as they are stored."""
     found: dict[str, PackedDense | Tensor] = {}
@@ -289,27 +297,6 @@ def _tables(program: ExportedProgram, recipe: Recipe) -> dict[str, PackedDense |
         coded = quantize(weight, scale, group=width, bits=8)
         found[table.fqn] = PackedDense(pack_codes(coded.codes, 8), coded.scale, 8, width)
     return found
-
-
-def _pack_adapter(matrix: Quantized | Tensor, layout: Layout) -> PackedMatrix | Tensor:
-    if isinstance(matrix, Tensor) and layout.where == "dense":
-        return matrix.clone(memory_format=torch.contiguous_format)
-    return _pack(matrix, layout, None)
-
-
-def _pack(matrix: Quantized | Tensor, layout: Layout, mask: Tensor | None) -> PackedMatrix:
-    scale: Tensor | None
-    if isinstance(matrix, Quantized):
-        values, scale, group = matrix.codes, matrix.scale, matrix.group
-    else:
-        values, scale, group = matrix, None, matrix.shape[1]
-    if layout.where == "2:4":
-        return Packed24(*pack_24(values, layout.bits), scale, layout.bits, group)
-    if layout.where == "bitmask":
-        assert mask is not None
-        return PackedBitmask(*pack_bitmask(values, mask, layout.bits), scale, layout.bits, group)
-    assert scale is not None
-    return PackedDense(pack_codes(values, layout.bits), scale, layout.bits, group)
 
 
 def _weight(program: ExportedProgram, site: Site) -> Tensor:

@@ -16,9 +16,9 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import safetensors.torch
 import torch
@@ -27,17 +27,17 @@ from torch.export import ExportedProgram
 
 from slimfx.calibrate import Values
 from slimfx.errors import JournalError
+from slimfx.plain import built, plain
+from slimfx.ranks import ALONE, Ranks
 from slimfx.runtime import archive
 from slimfx.runtime.manifest import LayerReport
-from slimfx.runtime.pack import Packed24, PackedBitmask, PackedDense, PackedLinear
+from slimfx.runtime.pack import PackedLinear
 from slimfx.runtime.unread import places, read, unread
 
 Layers = dict[str, tuple[PackedLinear, LayerReport]]
 """The compressed layers of a block by name."""
 
-_TYPES = {t.__name__: t for t in (Packed24, PackedBitmask, PackedDense, PackedLinear, LayerReport)}
 _JOB = "job.json"
-_RANDOM = "random state"
 
 
 @dataclass(frozen=True)
@@ -48,34 +48,52 @@ class Journal:
 
 
 @contextmanager
-def opened(folder: str | Path) -> Iterator[Journal]:
+def opened(folder: str | Path, ranks: Ranks = ALONE) -> Iterator[Journal]:
     """A journal for the time of the block, gone after it unless an error left finished blocks.
 
     Raises:
-        JournalError: another process has it open, or the folder cannot be made.
+        JournalError: another job has it open, or the folder cannot be made.
     """
-    folder = Path(folder)
+    journal = Journal(Path(folder))
+    if ranks.own:  # the first process has the lock for all
+        ranks.told(0, None)
+        yield journal
+        return
+    try:
+        lock = _locked(journal)
+    except JournalError as error:
+        ranks.told(0, error)
+        raise
+    ranks.told(0, None)
+    ended = False
+    try:
+        yield journal
+        ended = True
+    finally:
+        if ended or not finished(journal):
+            (journal.folder / _JOB).unlink(missing_ok=True)
+            shutil.rmtree(journal.folder)
+        lock.close()
+
+
+def _locked(journal: Journal) -> TextIO:
+    """The open lock of a folder in order."""
+    folder = journal.folder
     try:
         folder.mkdir(exist_ok=True)
+        lock = (folder / "lock").open("w")
     except OSError as error:
         raise JournalError(f"{folder}: no journal can be kept there ({error.strerror})") from error
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JournalError(
-                f"{folder}: another process is at work on it; wait for it, or write to another file"
-            ) from error
-        for part in folder.glob(".*.part"):
-            part.unlink()
-        journal, ended = Journal(folder), False
-        try:
-            yield journal
-            ended = True
-        finally:
-            if ended or not finished(journal):
-                (folder / _JOB).unlink(missing_ok=True)
-                shutil.rmtree(folder)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise JournalError(
+            f"{folder}: another process is at work on it; wait for it, or write to another file"
+        ) from error
+    for part in folder.glob(".*.part"):
+        part.unlink()
+    return lock
 
 
 def begin(journal: Journal, job: Mapping[str, Any]) -> None:
@@ -108,17 +126,24 @@ def finished(journal: Journal) -> int:
     return number
 
 
-def write(journal: Journal, number: int, layers: Layers, batches: Iterable[Values]) -> None:
-    """Finish a block: its layers, and for each batch the values that later blocks read."""
-    values = []
-    for i, each in enumerate(batches):
+def keep_live(
+    journal: Journal, number: int, batches: Iterable[tuple[int, Values]]
+) -> dict[str, Any]:
+    """Write what later blocks read of each batch; returns what `write` is to say of it."""
+    described = {}
+    for i, each in batches:
         live: dict[str, Tensor] = {}
-        values.append({node.name: _plain(value, node.name, live) for node, value in each.items()})
+        described[str(i)] = {n.name: plain(value, n.name, live) for n, value in each.items()}
         _write_tensors(_file(journal, f"live-{number}-{i}"), live)
-    tensors = {_RANDOM: torch.get_rng_state()}
-    described = {name: _plain(found, name, tensors) for name, found in layers.items()}
+    return described
+
+
+def write(journal: Journal, number: int, layers: Layers, batches: Mapping[str, Any]) -> None:
+    """Finish a block: its layers, and what `keep_live` said of each batch."""
+    tensors: dict[str, Tensor] = {}
+    described = {name: plain(found, name, tensors) for name, found in layers.items()}
     _write_tensors(_file(journal, f"block-{number}"), tensors)
-    marker = {"layers": described, "batches": values}
+    marker = {"layers": described, "batches": batches}
     _write(journal.folder / f"block-{number}.json", json.dumps(marker).encode())
     for passed in journal.folder.glob(f"live-{number - 1}-*"):
         passed.unlink()
@@ -133,22 +158,23 @@ def layers_of(journal: Journal, number: int) -> Layers:
     """
     tensors = _unread(journal, f"block-{number}")
     described = _json(journal.folder / f"block-{number}.json")["layers"]
-    return {name: _built(each, tensors) for name, each in described.items()}
+    return {name: built(each, tensors) for name, each in described.items()}
 
 
-def batches_after(journal: Journal, number: int, program: ExportedProgram) -> list[Values]:
-    """What later blocks read, left unread; random state is as when the block was finished.
+def batches_after(
+    journal: Journal, number: int, program: ExportedProgram, numbers: Iterable[int]
+) -> dict[int, Values]:
+    """What later blocks read of some batches, left unread.
 
     Raises:
         JournalError, ArtifactError: as `layers_of`.
     """
-    torch.set_rng_state(read(_unread(journal, f"block-{number}")[_RANDOM]))
     nodes = {node.name: node for node in program.graph.nodes}
     batches = _json(journal.folder / f"block-{number}.json")["batches"]
-    found = []
-    for i, each in enumerate(batches):
+    found = {}
+    for i in numbers if batches else ():
         live = _unread(journal, f"live-{number}-{i}")
-        found.append({nodes[name]: _built(value, live) for name, value in each.items()})
+        found[i] = {nodes[name]: built(v, live) for name, v in batches[str(i)].items()}
     return found
 
 
@@ -160,34 +186,6 @@ def digest(named: Mapping[str, Tensor]) -> str:
         flat = read(tensor).detach().cpu().contiguous().view(-1).view(torch.uint8)
         sha.update(flat.numpy().data)
     return sha.hexdigest()
-
-
-def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON has it, its tensors put aside under names that begin with `name`."""
-    if isinstance(value, Tensor):
-        first = tuple(slice(1) if stride == 0 else slice(None) for stride in value.stride())
-        core = value.detach()[first]  # of a dimension that repeats itself
-        tensors[name] = core.clone(memory_format=torch.contiguous_format)
-        return {"tensor": name, "size": list(value.shape)}
-    if is_dataclass(value):
-        parts = {f.name: getattr(value, f.name) for f in fields(value)}
-        own = {part: _plain(v, f"{name} {part}", tensors) for part, v in parts.items()}
-        return {"type": type(value).__name__, **own}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{name} {i}", tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _built(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_plain` was given."""
-    if isinstance(data, list):
-        return tuple(_built(item, tensors) for item in data)
-    if not isinstance(data, dict):
-        return data
-    if "tensor" in data:
-        return tensors[data["tensor"]].expand(data["size"])
-    kind = _TYPES[data["type"]]
-    return kind(**{key: _built(v, tensors) for key, v in data.items() if key != "type"})
 
 
 def _unread(journal: Journal, name: str) -> dict[str, Tensor]:

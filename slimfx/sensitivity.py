@@ -50,7 +50,7 @@ def sensitivities(
         walk, reached = calibrate.start(program, [batch]), []
         for block in blocks:
             reached.append(walk)
-            walk = replace(walk, batches=list(calibrate.advance(walk, block, {})))
+            walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
         node = _answer(program)
         answer = walk.batches[0][node].detach()
         rows += answer[..., 0].numel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.fx import Node
 
-from slimfx.calibrate import Walk, read_block, run, with_weights
+from slimfx.calibrate import Walk, read_block, run_batch, with_weights
 from slimfx.errors import CalibrationError
 from slimfx.methods.learnable import Learnable
 from slimfx.passes.base import changes_in_place
@@ -60,9 +60,9 @@ def tune(
     """
     walk = read_block(walk, block)
     walk = replace(walk, lifted={node: _detached(v) for node, v in walk.lifted.items()})
-    targets = [_target(walk, block, i) for i in range(len(walk.batches))]
+    targets = {i: _target(walk, block, i) for i in walk.batches}
     start = {fqn: each.values for fqn, each in learnables.items()}
-    if not any(target.outputs for target in targets):
+    if not walk.told(0, lambda: bool(targets[0].outputs)):
         return start
     learned = {
         fqn: {name: value.clone().requires_grad_() for name, value in values.items()}
@@ -72,12 +72,14 @@ def tune(
     def loss(i: int) -> Tensor:
         weights = {fqn: stored(fqn, learnables[fqn].weight(v)) for fqn, v in learned.items()}
         keep = frozenset(targets[i].outputs)
-        outputs = run(with_weights(walk, {**fixed, **weights}), block, walk.batches[i], keep=keep)
+        outputs = run_batch(with_weights(walk, {**fixed, **weights}), block, i, keep=keep)
         return _difference(outputs, targets[i])
 
     def total() -> float:
         with torch.no_grad():
-            found = sum(loss(i).item() for i in range(len(targets))) / len(targets)
+            parts = walk.ranks.each(walk.shares, lambda share: [loss(i).item() for i in share])
+            losses = [found for part in parts for found in part]
+        found = sum(losses) / len(losses)
         if not math.isfinite(found):
             raise CalibrationError(
                 f"{block.name or 'the model'}: tuning met a loss of {found}; lower tune.rate "
@@ -87,7 +89,7 @@ def tune(
 
     least, best = total(), start
     with gradients(block):
-        _descend(learned, loss, len(targets), epochs, rate, seed)
+        _descend(learned, walk, loss, epochs, rate, seed)
     if total() < least:
         best = {
             fqn: {name: value.detach() for name, value in values.items()}
@@ -97,19 +99,32 @@ def tune(
 
 
 def _descend(
-    learned: Learned, loss: Callable[[int], Tensor], count: int, epochs: int, rate: float, seed: int
+    learned: Learned,
+    walk: Walk,
+    loss: Callable[[int], Tensor],
+    epochs: int,
+    rate: float,
+    seed: int,
 ) -> None:
     values = [value for each in learned.values() for value in each.values()]
+    count = sum(map(len, walk.shares))
+
+    def gradients_of(i: int) -> Sequence[Tensor | None]:
+        found = loss(i)
+        if not found.requires_grad:  # such as behind an argmax
+            return ()
+        return torch.autograd.grad(found, values, allow_unused=True)
+
     adam = torch.optim.Adam(values, lr=rate)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs * count)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for i in torch.randperm(count, generator=draw).tolist():
-            adam.zero_grad()
-            found = loss(i)
-            if not found.requires_grad:  # such as behind an argmax
+            found = walk.told(i, lambda: gradients_of(i))  # noqa: B023
+            if not found:
                 return
-            found.backward()
+            for value, gradient in zip(values, found, strict=True):
+                value.grad = gradient
             adam.step()
             falling.step()
 
@@ -133,7 +148,7 @@ def _target(walk: Walk, block: Block, i: int) -> _Target:
     keep = _answers(block)
     outputs = {
         node: value
-        for node, value in run(walk, block, walk.batches[i], keep=keep).items()
+        for node, value in run_batch(walk, block, i, keep=keep).items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
     return _Target(outputs, walk.masks[i])

@@ -17,6 +17,7 @@ LONG = (
     *("test_import_checkpoint.py", "test_bench_model.py", "test_bench_kernels.py"),
     *("test_finetune.py", "passes/test_train_adapters.py", "docs/test_docs.py"),
     *("test_report_browser.py", "e2e/test_experts.py", "e2e/test_embeddings.py"),
+    "test_ranks.py",
 )
 """Files of `make test-long`: kernels and deployment targets, which compile, and what trains; `make
 test` has all others.

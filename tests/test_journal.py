@@ -20,7 +20,8 @@ from slimfx.runtime import archive
 import slimfx
 from slimfx import journal
 from slimfx.errors import ArtifactError, JournalError, SlimError
-from slimfx.journal import Journal, _built, _plain
+from slimfx.journal import Journal
+from slimfx.plain import built, plain
 
 NAME = "small.pt2"
 
@@ -182,8 +183,8 @@ def test_a_full_disk_is_an_error_and_loses_no_block(
 )
 def test_values_come_back_and_repeat_nothing(tensor: torch.Tensor) -> None:
     aside: dict[str, torch.Tensor] = {}
-    described = json.loads(json.dumps(_plain([tensor, 3, "x", None], "v", aside)))
-    again, *rest = _built(described, aside)
+    described = json.loads(json.dumps(plain([tensor, 3, "x", None], "v", aside)))
+    again, *rest = built(described, aside)
     assert torch.equal(again, tensor)
     assert sum(part.numel() for part in aside.values()) <= tensor.untyped_storage().nbytes() // 4
     assert rest == [3, "x", None]
