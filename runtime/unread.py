@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 from slimfx.errors import ArtifactError
 
+_MMAP_THRESHOLD = -3
+"""The name of that setting in malloc.h."""
 _PART = 1 << 22
 """Elements read at once."""
 _DTYPES = {
@@ -150,6 +152,15 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def give_back_at_once() -> None:
+    """Let this process return every tensor above 4 MiB to the system as soon as it is freed; glibc
+    else keeps up to 32 MiB each for later, in pieces that fit no other.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 22)
 
 
 class ReadingInterpreter(Interpreter):

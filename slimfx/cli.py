@@ -27,6 +27,7 @@ from slimfx import (
     cli_budget,
     cli_export,
     cli_finetune,
+    cli_plan,
     cli_report,
     journal,
     ranks,
@@ -37,6 +38,7 @@ from slimfx.errors import PlanError, SlimError
 from slimfx.runtime import archive
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
+from slimfx.runtime.unread import give_back_at_once
 from slimfx.stepper import is_artifact
 
 app = typer.Typer(
@@ -50,6 +52,7 @@ app = typer.Typer(
 cli_bench.app.command()(cli_bench_kernels.kernels)
 cli_bench.app.command()(cli_bench_model.model)
 app.add_typer(cli_bench.app, name="bench")
+app.command()(cli_plan.plan)
 app.command(epilog=cli_export.TARGET_TABLE)(cli_export.export)
 app.command("import")(cli_export.import_checkpoint)
 app.command()(cli_export.check)
@@ -59,10 +62,6 @@ app.command("report")(cli_report.write_report)
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
 Artifact = Annotated[Path, typer.Argument(help="A .pt2 file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
-RecipeOption = Annotated[
-    str,
-    typer.Option("--recipe", "-r", help="a preset such as slim or joint-q, or a YAML file."),
-]
 BaseRecipe = Annotated[
     str | None,
     typer.Option(
@@ -114,47 +113,6 @@ def capture(
 
 
 @app.command()
-def plan(model: Model, recipe: RecipeOption = "joint", as_json: Json = False) -> None:
-    """Show what a recipe will do to each linear, and what the file will weigh.
-
-    Of a model folder only config.json is read.
-
-    Example: slimfx plan examples/demo_lm --recipe slim-q
-    """
-    with show.line("plan"):
-        program = _program(model) if is_artifact(model) else slimfx.capture(model, weights=False)
-        planned = slimfx.plan(program, recipe)
-    totals = {
-        name: getattr(planned, name)
-        for name in ("bytes_before", "bytes_after", "file_bytes", "bits_per_weight", "peak_memory")
-    }
-    if as_json:
-        show.values({"layers": [dataclasses.asdict(row) for row in planned.rows], **totals}, True)
-        return
-    table = show.layer_table(
-        [row.name for row in planned.rows],
-        "out x in",
-        "layout",
-        "rank",
-        "method",
-        "before",
-        "after",
-    )
-    for row in planned.rows:
-        table.add_row(
-            row.name,
-            f"{row.out_features} x {row.in_features}",
-            row.layout,
-            str(row.rank or ""),
-            row.skipped or row.method,
-            show.size(row.bytes_before),
-            show.size(row.bytes_after),
-        )
-    Console().print(table)
-    show.values(totals, False)
-
-
-@app.command()
 def compress(
     model: Model,
     output: Output,
@@ -179,6 +137,7 @@ def compress(
     target = cli_budget.target_of(bits, target_size, max_loss)
     read = is_artifact(model) or target is not None  # a search reads all weights more than once
     folder = output.with_name(f".{output.name}.journal")
+    give_back_at_once()
     with ranks.joined() as mine:
         seen = mine.own == 0
         with show.line("search" if target else "compress", seen=seen) as tell:

@@ -15,14 +15,12 @@ from torch.utils import _pytree as pytree
 
 from slimfx import tables
 from slimfx.errors import PlanError
+from slimfx.memory import Layer, peak_memory
 from slimfx.methods.masks import NofM
 from slimfx.passes.base import input_specs, lifted_tensor
-from slimfx.passes.cut_blocks import cut_blocks
 from slimfx.passes.find_linears import Site, find_linears, storage_key
-from slimfx.passes.inputs import input_names, tensor_inputs
-from slimfx.passes.measure_live import live_bytes
 from slimfx.passes.replace_tables import Table, find_tables
-from slimfx.recipe import Calibration, Recipe
+from slimfx.recipe import Recipe
 from slimfx.runtime.manifest import manifest_of
 from slimfx.runtime.pack import FLOAT_BITS, Layout, fits_24
 from slimfx.steps import Adapter, LayerRecipe, Quantize
@@ -69,8 +67,8 @@ class Plan:
     overhead_bytes: int
     """Graph, manifest, tokenizer and golden inputs, about."""
     peak_memory: int
-    """Bytes of tensors held at the worst moment; activations of calibration are counted where the
-    weights stay in files until a block needs them."""
+    """Bytes that compression takes at the worst moment, above an interpreter that has imported
+    slimfx; each process takes as much."""
 
     @property
     def bytes_before(self) -> int:
@@ -138,7 +136,6 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
         else row_of(site, recipe.for_layer(site.name))
         for site in sites
     )
-    compressed = {site.fqn for site, row in zip(sites, rows, strict=True) if not row.skipped}
     linears = {storage_key(program.state_dict[s.fqn], s.fqn) for s in sites}
     other = sum(_nbytes(tensor) for key, tensor in _storages(program).items() if key not in linears)
     saved = sum(
@@ -146,12 +143,15 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
         for fqn, table in tables.items()
         if not table.heads
     )
-    dense = [4 * s.out_features * s.in_features for s in sites if s.fqn in compressed]
-    held = sum(map(_nbytes, _storages(program).values())) + other - saved
-    held += sum(row.bytes_after for row in rows) + 6 * max(dense, default=0)
-    if any(tensor.is_meta for tensor in program.state_dict.values()):
-        chosen = [site for site in sites if site.fqn in compressed]
-        held = max(_block_bytes(program, chosen, recipe.calibration), 6 * max(dense, default=0))
+    layers = [
+        Layer(site, how, row.bytes_after)
+        for site, row in zip(sites, rows, strict=True)
+        if not row.skipped and (how := recipe.for_layer(site.name)) is not None
+    ]
+    held = peak_memory(program, layers, recipe.calibration)
+    if not any(tensor.is_meta for tensor in program.state_dict.values()):
+        held += sum(map(_nbytes, _storages(program).values())) + other - saved
+        held += sum(row.bytes_after for row in rows)
     return Plan(
         rows=rows,
         other_bytes=other,
@@ -159,39 +159,6 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
         overhead_bytes=_overhead(program, rows),
         peak_memory=held,
     )
-
-
-def _block_bytes(program: ExportedProgram, sites: list[Site], how: Calibration) -> int:
-    """What the largest block takes while a batch runs through it: weights and activations."""
-    sizes, rows = _batch_sizes(program, how)
-    lifted = set(input_specs(program)) - set(input_names(program))
-    most = 0
-    for block in cut_blocks(program, sites):
-        outside = {source for node in block.nodes for source in node.all_input_nodes}
-        outside -= set(block.nodes)
-        read = {node for node in outside if node.name in lifted}
-        widest = max((site.in_features for site in block.sites), default=0)
-        most = max(
-            most,
-            sum(_nbytes(node.meta["val"]) for node in read)
-            + live_bytes(block.nodes, block.live_out, outside - read, sizes)
-            + 2 * 4 * rows * widest,  # an input's values and squares in float32
-        )
-        if sites and block.sites[-1:] == tuple(sites[-1:]):
-            break  # nothing behind it is run
-    return most
-
-
-def _batch_sizes(program: ExportedProgram, how: Calibration) -> tuple[dict[Any, int], int]:
-    """The symbols of a text program's shapes in calibration, and the tokens of a batch."""
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    ids = tensor_inputs(program).get("input_ids")
-    if ids is None or len(ids.sizes) != 2:
-        return {}, 1
-    wanted = (how.batch, min(how.length, ids.sizes[1][1] or how.length))
-    shape = nodes["input_ids"].meta["val"].shape
-    pairs = zip(shape, wanted, strict=True)
-    return {s.node.expr: n for s, n in pairs if isinstance(s, torch.SymInt)}, math.prod(wanted)
 
 
 def tables_to_replace(program: ExportedProgram, recipe: Recipe) -> list[Table]:

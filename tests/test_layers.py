@@ -29,7 +29,7 @@ OPTIONAL = (
 )
 TERMINAL = {
     *("cli.py", "cli_bench.py", "cli_bench_kernels.py", "cli_bench_model.py", "cli_export.py"),
-    *("cli_budget.py", "cli_finetune.py", "cli_report.py", "__main__.py", "show.py"),
+    *("cli_budget.py", "cli_finetune.py", "cli_plan.py", "cli_report.py", "__main__.py", "show.py"),
 }
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.jit")
 
@@ -113,7 +113,13 @@ def test_only_the_command_line_knows_the_terminal() -> None:
     known = (
         *("typer", "rich", "slimfx.cli", "slimfx.cli_bench", "slimfx.cli_bench_kernels"),
         *("slimfx.cli_bench_model", "slimfx.cli_export"),
-        *("slimfx.cli_budget", "slimfx.cli_finetune", "slimfx.cli_report", "slimfx.show"),
+        *(
+            "slimfx.cli_budget",
+            "slimfx.cli_finetune",
+            "slimfx.cli_plan",
+            "slimfx.cli_report",
+            "slimfx.show",
+        ),
     )
     assert {path.name for path in SOURCES} >= TERMINAL
     wrong = [

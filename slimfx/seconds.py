@@ -1,0 +1,152 @@
+"""How long a compression will take on this machine, from short measurements of its parts.
+
+Each kind of layer is solved at two small sizes of its own proportions, and the time goes on as a
+power of the size; matrix products and checksums are timed. Threads are those of this process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.export import ExportedProgram
+
+from slimfx.memory import batch_sizes
+from slimfx.methods.stats import add_tokens, empty_stats
+from slimfx.pack_solution import pack_solution
+from slimfx.passes.find_linears import Site, find_linears
+from slimfx.plan import Plan, plan
+from slimfx.ranks import shares
+from slimfx.recipe import Recipe
+from slimfx.solve import solve
+from slimfx.steps import LayerRecipe
+
+_MEASURED = 2**20
+"""Weights of the larger of the two layers that are solved; the smaller has a quarter."""
+_TOKENS = 512
+_HASHED = 2**25
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a compression spends its time on."""
+
+    read: float
+    """Weights read for their checksum, and again block by block."""
+    calibrate: float
+    """Batches through each block twice, and the statistics of its inputs."""
+    solve: float
+    """Layers solved and packed."""
+    write: float
+    """Blocks to the journal, then the file."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.read + self.calibrate + self.solve + self.write
+
+
+def predict(
+    program: ExportedProgram, recipe: Recipe | str = "joint", processes: int = 1
+) -> Seconds:
+    """The seconds `compress` will take with so many processes, each with this one's threads and
+    a processor for every thread. Tuning is not counted.
+
+    Raises:
+        PlanError: as `plan`.
+    """
+    recipe = Recipe.load(recipe)
+    planned = plan(program, recipe)
+    sites = {row.name: site for row, site in zip(planned.rows, find_linears(program), strict=True)}
+    chosen = [sites[row.name] for row in planned.rows if not row.skipped]
+    rate = _bytes_a_second()
+    solving = _solving(chosen, recipe, processes)
+    return Seconds(
+        read=2 * planned.bytes_before / rate,
+        calibrate=_flops(program, planned, chosen, recipe, processes) / _flops_a_second(),
+        solve=solving,
+        write=2 * planned.bytes_after / rate,
+    )
+
+
+def _solving(sites: list[Site], recipe: Recipe, processes: int) -> float:
+    """Layers are shared out one by one, the larger ones first."""
+    kinds = Counter((recipe.for_layer(s.name), s.out_features, s.in_features) for s in sites)
+    total = longest = 0.0
+    for (how, N, K), count in kinds.items():
+        assert how is not None
+        seconds = _of_layer(how, N, K)
+        total, longest = total + count * seconds, max(longest, seconds)
+    return max(total / processes, longest)
+
+
+def _of_layer(how: LayerRecipe, N: int, K: int) -> float:
+    """Seconds to solve and pack a layer [N, K], measured if it is small."""
+    if N * K <= _MEASURED:
+        return _measured(how, N, K)
+    large = _scaled(N, K, math.sqrt(_MEASURED / (N * K)))
+    small = _scaled(N, K, math.sqrt(_MEASURED / 4 / (N * K)))
+    first, last = _measured(how, *small), _measured(how, *large)
+    sizes = [math.prod(small), math.prod(large), N * K]
+    power = math.log(last / first) / math.log(sizes[1] / sizes[0])
+    return last * (sizes[2] / sizes[1]) ** max(power, 1.0)
+
+
+def _scaled(N: int, K: int, factor: float) -> tuple[int, int]:
+    """A layer of the same proportions that groups and patterns fit."""
+    return tuple(max(128, round(size * factor / 128) * 128) for size in (N, K))  # type: ignore[return-value]
+
+
+def _measured(how: LayerRecipe, N: int, K: int) -> float:
+    draw = torch.Generator().manual_seed(N + K)
+    weight = torch.randn(N, K, generator=draw)
+    x = torch.randn(_TOKENS, K, generator=draw)
+    stats = add_tokens(empty_stats(K, covariance=how.needs_covariance), x)
+    if how.prune is not None and how.prune.path is not None:  # any mask will do
+        how = replace(how, prune=replace(how.prune, method="magnitude", path=None))
+    return _median(lambda: pack_solution(solve("a layer", weight, stats, how), how))
+
+
+def _flops(
+    program: ExportedProgram, planned: Plan, sites: list[Site], recipe: Recipe, processes: int
+) -> float:
+    """Of the linears of all tokens, twice, and of the covariances; of the busiest process."""
+    how = recipe.calibration
+    sizes, rows = batch_sizes(program, how)
+    batches = -(-how.samples // how.batch) if sizes else 1
+    cut = shares(batches)
+    busiest = max(sum(map(len, cut[i::processes])) for i in range(processes))
+    weights = sum(row.out_features * row.in_features for row in planned.rows)
+    full = {
+        (use.x, site.in_features)
+        for site in sites
+        if (layer := recipe.for_layer(site.name)) is not None and layer.needs_covariance
+        for use in site.uses
+    }
+    return 2 * busiest * rows * (2 * weights + sum(K**2 for _, K in full))
+
+
+def _flops_a_second() -> float:
+    x, W = torch.randn(_TOKENS, 1024), torch.randn(2048, 1024)
+    return 2 * _TOKENS * W.numel() / _median(lambda: x @ W.T)
+
+
+def _bytes_a_second() -> float:
+    data = bytes(_HASHED)
+    return _HASHED / _median(lambda: hashlib.sha256(data).digest())
+
+
+def _median(work: Callable[[], object]) -> float:
+    """Seconds, of three runs after a first one."""
+    found = []
+    for _ in range(4):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])

@@ -1,0 +1,73 @@
+"""The prediction of seconds: its arithmetic, and that it is near what compression takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+import transformers
+from models import captured, tiny_llama
+from test_cli import from_json, run
+
+import slimfx
+from slimfx import Recipe, seconds
+from slimfx.recipe import Calibration
+from slimfx.steps import LayerRecipe
+
+HOW = dataclasses.replace(Recipe.preset("slim"), calibration=Calibration(samples=4, length=64))
+
+
+def test_a_large_layer_goes_on_as_its_small_ones_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def measured(how: LayerRecipe, N: int, K: int) -> float:
+        seen.append((N, K))
+        return 1e-9 * (N * K) ** 1.5
+
+    monkeypatch.setattr(seconds, "_measured", measured)
+    how = HOW.for_layer("any")
+    assert how is not None
+    assert seconds._of_layer(how, 4096, 11008) == pytest.approx(1e-9 * (4096 * 11008) ** 1.5)
+    assert seen == [(256, 896), (640, 1664)]
+    assert all(N * K < 1.1 * seconds._MEASURED for N, K in seen)
+    assert seconds._of_layer(how, 512, 512) == pytest.approx(1e-9 * 512**3)
+
+
+def test_more_processes_share_batches_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seconds, "_measured", lambda how, N, K: 1.0)
+    monkeypatch.setattr(seconds, "_flops_a_second", lambda: 1e6)
+    monkeypatch.setattr(seconds, "_bytes_a_second", lambda: 1e6)
+    how = dataclasses.replace(HOW, calibration=Calibration(samples=8, length=64, batch=2))
+    one, two, many = (seconds.predict(captured("llama"), how, n) for n in (1, 2, 100))
+    assert one.solve == 14
+    assert (two.solve, many.solve) == (7, 1)
+    assert (two.calibrate, many.calibrate) == (one.calibrate / 2, one.calibrate / 4)
+    assert two.read == many.read
+    assert one.total == one.read + one.calibrate + one.solve + one.write
+
+
+def test_the_prediction_is_near() -> None:
+    config = tiny_llama().config.to_dict() | {
+        **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3},
+        **{"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64},
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    program = slimfx.capture(model)
+    batch = {"input_ids": torch.randint(0, 96, (4, 64))}
+    predicted = seconds.predict(program, HOW)
+    began = time.perf_counter()
+    slimfx.compress(program, HOW, [batch])
+    took = time.perf_counter() - began
+    assert took / 3 < predicted.total < took * 3  # machines of tests have neighbours
+
+
+def test_the_command_adds_them_to_its_totals() -> None:
+    told = from_json(run("plan", "examples/demo_lm", "--recipe", "wanda", "--time", "--json"))
+    parts = {name: value for name, value in told.items() if name.startswith("seconds_")}
+    assert set(parts) == {
+        f"seconds_{name}" for name in ("capture", "read", "calibrate", "solve", "write", "all")
+    }
+    assert parts.pop("seconds_all") == pytest.approx(sum(parts.values()), abs=0.3)
