@@ -1,4 +1,4 @@
-"""How long one layer takes to compress, by its size, and its adapter beside torch's SVD.
+"""How long one layer takes to compress, by its size, beside SLiM's procedure as published.
 
 python examples/reproduce/compression_time.py -o compression_time.png
 """
@@ -14,10 +14,17 @@ from pathlib import Path
 import study
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 import slimfx
 from slimfx import show
 from slimfx.bench_solver import bench_solver
+from slimfx.methods.masks import NofM, keep
+from slimfx.methods.quantized import Quantized, quantize
+from slimfx.methods.slim_histogram import slim_histogram
+from slimfx.methods.slim_lora import saliency
+from slimfx.methods.stats import add_tokens, empty_stats
+from slimfx.methods.wanda import wanda
 
 TOKENS = 4096
 
@@ -34,7 +41,7 @@ class Row:
 
 
 def main(words: Sequence[str]) -> list[Row]:
-    """A row for each preset and size, then one for each solver and size."""
+    """For each size a row for each preset, one for the paper's procedure, and the solvers'."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,6 +52,7 @@ def main(words: Sequence[str]) -> list[Row]:
     return study.finish(_rows(args.presets, [int(size) for size in args.sizes]), args.output, draw)
 
 
+PAPER = "slim as published"
 PRESETS = "wanda,sparsegpt,optq,slim,slim-q,full-lora,joint,joint-q"
 
 
@@ -60,8 +68,25 @@ def _rows(presets: Sequence[str], sizes: Sequence[int]) -> Iterator[Row]:
                 began = time.perf_counter()
                 slimfx.compress(program, preset, calibration=[x])
                 yield Row("recipe", preset, size, time.perf_counter() - began)
+            tell((i + 0.5) / len(sizes), f"{PAPER} {size}")
+            began = time.perf_counter()
+            as_published(program.state_dict["weight"], x)
+            yield Row("recipe", PAPER, size, time.perf_counter() - began)
             for solver in bench_solver(size):
                 yield Row("solver", solver.name, size, solver.seconds)
+
+
+def as_published(weight: Tensor, x: Tensor) -> tuple[Quantized, Tensor, Tensor]:
+    """SLiM's steps as the paper takes them (arXiv 2410.09615, algorithms 1 and 2): a loop over a
+    histogram for the scale, and a full SVD for the adapter.
+    """
+    size = len(weight)
+    stats = add_tokens(empty_stats(size), x)
+    kept = weight * keep(wanda(weight, stats), NofM(2, 4))
+    scale = slim_histogram(kept, bits=4, granularity="tensor", group=size)
+    coded, importance, rank = quantize(kept, scale, group=size, bits=4), saliency(stats), size // 10
+    U, S, Vh = torch.linalg.svd((weight - coded.dense()) * importance, full_matrices=False)
+    return coded, S[:rank, None] * Vh[:rank] / importance, U[:, :rank]
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:
