@@ -44,6 +44,8 @@ class Walk:
     shares: list[range]
     """All batches, cut into runs; run i is that of process i modulo their number."""
     ranks: Ranks = ALONE
+    halved: bool = False
+    """Are float32 values between blocks kept in bfloat16?"""
 
     def told(self, number: int, work: Callable[[], Any]) -> Any:
         """What `work` comes to in the process of that batch, in every process."""
@@ -52,7 +54,13 @@ class Walk:
         return self.ranks.told(run % self.ranks.size, attempt(work) if mine else None)
 
 
-def start(program: ExportedProgram, batches: Sequence[Any], ranks: Ranks = ALONE) -> Walk:
+def start(
+    program: ExportedProgram,
+    batches: Sequence[Any],
+    ranks: Ranks = ALONE,
+    *,
+    halved: bool = False,
+) -> Walk:
     """Stand before the first block, with the batches that are this process's.
 
     Raises:
@@ -77,7 +85,7 @@ def start(program: ExportedProgram, batches: Sequence[Any], ranks: Ranks = ALONE
         i: next((v for n, v in each.items() if n.name == "attention_mask"), None)
         for i, each in values.items()
     }
-    return Walk(program, lifted, values, masks, cut, ranks)
+    return Walk(program, lifted, values, masks, cut, ranks, halved)
 
 
 def read_block(walk: Walk, block: Block) -> Walk:
@@ -152,7 +160,8 @@ def advance(
     """Run a block with other weights (parameter name -> tensor): each batch's values behind it."""
     changed = read_block(with_weights(walk, weights), block)  # what is replaced is not read
     for i in walk.batches:
-        yield i, run_batch(changed, block, i, keep=block.live_out)
+        values = run_batch(changed, block, i, keep=block.live_out)
+        yield i, {node: _halved(value) for node, value in values.items()} if walk.halved else values
 
 
 def with_weights(walk: Walk, weights: Mapping[str, Tensor]) -> Walk:
@@ -201,6 +210,8 @@ def run(
     """
     written = written_nodes(block.nodes)
     env = {node: read_value(value) for node, value in values.items()}
+    if walk.halved:
+        env = {node: _whole(node, value) for node, value in env.items()}
     env |= {node: _copy(value) for node, value in env.items() if node in written}
     last_use = {source: node for node in block.nodes for source in node.all_input_nodes}
     inside, watch = set(block.nodes), watch or {}
@@ -226,6 +237,17 @@ def run(
             if source in inside and last_use[source] is node and source not in keep:
                 del env[source]
     return {node: env[node] for node in keep if node in env}
+
+
+def _halved(value: Any) -> Any:
+    floats = isinstance(value, Tensor) and value.dtype == torch.float32
+    return value.to(torch.bfloat16) if floats else value
+
+
+def _whole(node: Node, value: Any) -> Any:
+    """A value in the type that its node has, if it was kept in another."""
+    dtype = getattr(node.meta.get("val"), "dtype", None)
+    return value.to(dtype) if isinstance(value, Tensor) and dtype is not None else value
 
 
 def _copy(value: Any) -> Any:

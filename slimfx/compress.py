@@ -95,7 +95,9 @@ def compress(
 
     found: Layers = {}
     with torch.random.fork_rng():  # a program exported in training mode may draw
-        for finished_layers in _blocks(job, calibrate.start(program, batches, ranks), tell):
+        halved = recipe.calibration.activations == "bfloat16"
+        walk = calibrate.start(program, batches, ranks, halved=halved)
+        for finished_layers in _blocks(job, walk, tell):
             found |= finished_layers
     packed = {name: linear for name, (linear, _) in found.items()}
     reports = [report for _, report in found.values()]

@@ -52,6 +52,8 @@ class Calibration:
     batch: int = 8
     """Samples that go through a block together; changes memory, not the result's meaning."""
     seed: int = 0
+    activations: str = "exact"
+    """How what one block hands to the next is kept: "exact", or "bfloat16" in half the bytes."""
     min_coverage: float = 1.0
     """The share of the layers that some token must reach: experts that are never chosen are
     compressed as if all their inputs mattered alike."""
@@ -59,6 +61,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch"):
             at_least(f"calibration.{name}", getattr(self, name), 1)
+        one_of("calibration.activations", self.activations, ("exact", "bfloat16"))
         if not 0 <= self.min_coverage <= 1:
             raise RecipeError(
                 f"calibration.min_coverage: {self.min_coverage} is not a share, from 0 to 1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -230,3 +231,27 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, 20, seed=1)
+
+
+def test_activations_in_half_the_bytes(tmp_path: Path) -> None:
+    def kept(activations: str) -> tuple[int, torch.Tensor]:
+        how = RECIPES["slim"].calibration
+        how = dataclasses.replace(how, activations=activations)
+        recipe = dataclasses.replace(RECIPES["slim"], calibration=how)
+        program, sizes = captured("llama"), []
+
+        def tell(share: float, what: str) -> None:
+            sizes.append(sum(path.stat().st_size for path in tmp_path.glob("journal/live-1-*")))
+
+        with journal.opened(tmp_path / "journal") as book:
+            small = slimfx.compress(
+                program, recipe, case("llama").batches, journal=book, progress=tell
+            )
+            slimfx.save(small, tmp_path / NAME, verify=False)
+        answer = slimfx.load(tmp_path / NAME).module()(**case("llama").inputs)
+        return max(sizes), answer
+
+    (whole, exact), (half, rounded) = kept("exact"), kept("bfloat16")
+    assert half < 0.6 * whole
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.05 * exact.norm()
