@@ -153,8 +153,8 @@ def test_a_loss_holds_on_held_out_text_and_a_larger_one_is_smaller(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "one of bits, size and loss"),
-        ({"bits": 3.0, "loss": 0.1}, "one of bits, size and loss"),
+        ({}, "one of bits, size, loss and latency"),
+        ({"bits": 3.0, "loss": 0.1}, "one of bits, size, loss and latency"),
         ({"size": -1.0}, "a budget of -1.0 is impossible"),
         ({"bits": float("nan")}, "a budget of nan is impossible"),
     ],
