@@ -61,6 +61,7 @@ def fit(
     recipe: Recipe | str = "joint-q",
     layouts: Iterable[str] = tuple(LAYOUTS),
     text: Any = None,
+    remembered: bool = False,
     progress: Progress | None = None,
 ) -> Recipe:
     """The recipe with the least predicted loss within a size, or the smallest within a loss.
@@ -70,6 +71,7 @@ def fit(
         recipe: what holds for all layers: solver, kind of adapter, what to skip.
         layouts: those of `LAYOUTS` that a layer may have.
         text: held-out text that a loss is measured on, as in `slimfx.data`.
+        remembered: as for `candidates`.
 
     Raises:
         BudgetError: the target is impossible; names the nearest possible.
@@ -77,7 +79,13 @@ def fit(
     base, tell = Recipe.load(recipe), progress or (lambda share, what: None)
     if target.loss is not None and not is_language_model(program):
         raise BudgetError("a loss is one of perplexity, which needs a language model; give a size")
-    search = candidates(program, calibration, recipe=base, layouts=layouts, progress=tell)
+    search = candidates(
+        *(program, calibration),
+        recipe=base,
+        layouts=layouts,
+        remembered=remembered,
+        progress=tell,
+    )
     if target.loss is not None:
         return _within_loss(program, target.loss, base, search, (calibration, text, tell))
     return choose(program, target, base, search)

@@ -79,7 +79,12 @@ def recipe_for(
         return recipe or "joint"
     options: dict[str, Any] = {} if layouts is None else {"layouts": _names(layouts)}
     return fit(
-        program, target, data, recipe=recipe or "joint-q", text=text, progress=progress, **options
+        *(program, target, data),
+        recipe=recipe or "joint-q",
+        text=text,
+        remembered=True,
+        progress=progress,
+        **options,
     )
 
 

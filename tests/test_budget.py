@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,25 @@ def test_the_same_search_twice_is_the_same_recipe_and_draws_nothing() -> None:
     assert first.digest() == second.digest()
     assert torch.equal(torch.get_rng_state(), state)
     assert Recipe.from_yaml(first.to_yaml()) == first
+
+
+def test_another_budget_searches_nothing_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*args: object, **words: object) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setenv("SLIMFX_CACHE", str(tmp_path))
+    program, batches = captured("llama"), case("llama").batches
+    anew = fit(program, Target(bits=5), batches)
+    fit(program, Target(bits=4), batches, remembered=True)
+    monkeypatch.setattr("slimfx.candidates.sensitivities", refuse)
+    assert fit(program, Target(bits=5), batches, remembered=True).to_yaml() == anew.to_yaml()
+    for other in ({"layouts": ["int4"]}, {"recipe": "joint"}):
+        with pytest.raises(AssertionError, match="searched again"):
+            fit(program, Target(bits=5), batches, remembered=True, **other)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="searched again"):
+        fit(program, Target(bits=5), batches[:1], remembered=True)
 
 
 def test_the_recipe_compresses_to_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
