@@ -122,7 +122,7 @@ def _losses(
     batches: Sequence[Any],
     recipe: Recipe,
     layouts: list[str],
-    sites: Sequence[Site],
+    sites: list[Site],
     tell: Progress,
 ) -> dict[str, dict[str, list[float]]]:
     """The predicted loss of each layer in each layout that it can have, at each of `_ranks`."""
