@@ -33,9 +33,10 @@ from torch.export import ExportedProgram
 import slimfx
 from slimfx import show
 from slimfx.budget import Target, choose
-from slimfx.candidates import LAYOUTS, candidates
+from slimfx.candidates import LAYOUTS, candidates, linears_of
 from slimfx.cli_bench import collect
 from slimfx.data import documents
+from slimfx.plan import row_of
 from slimfx.recipe import Calibration, Recipe
 
 HERE = Path(__file__).parent
@@ -70,8 +71,13 @@ def uniform(dense: ExportedProgram, base: Recipe, layout: str, bits: float) -> R
         quantize = dataclasses.replace(base.quantize, bits=width)  # type: ignore[type-var]
         return dataclasses.replace(base, prune=prune, quantize=quantize, adapter=adapter)
 
+    sites = linears_of(dense, base)
+    weights = sum(site.out_features * site.in_features for site in sites)
+
     def size(share: float) -> float:
-        return slimfx.plan(dense, recipe(share)).bits_per_weight
+        chosen = recipe(share)
+        stored = (row_of(site, chosen.for_layer(site.name)).bytes_after for site in sites)
+        return 8 * sum(stored) / weights
 
     shares = [i / 1000 for i in range(int(1000 * SHARES) + 1)]
     fits = bisect_right(shares, 1.002 * bits, key=size)
