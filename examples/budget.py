@@ -91,7 +91,7 @@ def rows(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     against = dense if args.model == "minilm" else None
     words: dict[str, Any] = {"samples": args.samples, "length": how.length, "dense": against}
     base = dataclasses.replace(Recipe.preset("joint-q"), calibration=how)
-    bits = [float(each) for each in args.bits.split(",")]
+    bits, layouts = [float(each) for each in args.bits.split(",")], args.layouts.split(",")
     done = {(row.setting, row.target): row for row in known}
     with show.line("budget") as tell:
         if not known:
@@ -99,10 +99,12 @@ def rows(args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
             known = [Row("dense", 0, 16, found.value, found.metric, 0)]
         yield known[0]
         began = time.process_time()
-        search = candidates(dense, data, recipe=base, remembered=True, progress=tell)
+        search = candidates(
+            *(dense, data), recipe=base, layouts=layouts, remembered=True, progress=tell
+        )
         searched = time.process_time() - began
         jobs = [("search", b, choose(dense, Target(bits=b), base, search)) for b in bits]
-        jobs += [(name, b, uniform(dense, base, name, b)) for b in bits for name in LAYOUTS]
+        jobs += [(name, b, uniform(dense, base, name, b)) for b in bits for name in layouts]
         for i, (setting, target, recipe) in enumerate(jobs):
             tell(i / len(jobs), f"{setting} {target:g}")
             if (setting, target) in done:
@@ -153,6 +155,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--data", help="calibrate the demo model on this")
     parser.add_argument("--text", help="evaluate on this")
     parser.add_argument("--bits", default=BITS, help="with commas")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="with commas")
     parser.add_argument("--samples", type=int, default=48, help="windows to evaluate on")
     parser.add_argument("--calibration-samples", type=int, default=64, help="windows to calibrate")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")

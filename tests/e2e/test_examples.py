@@ -65,7 +65,8 @@ def test_executorch_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_budget_is_measured_beside_uniform_settings_and_goes_on(tmp_path: Path) -> None:
-    words = ("--bits=3.8", "--samples=1", "--calibration-samples=2", "--length=64")
+    words = ("--bits=3.8", "--layouts=2:4 int4,bitmask int4")
+    words += ("--samples=1", "--calibration-samples=2", "--length=64")
     line = [sys.executable, str(EXAMPLES / "budget.py"), "demo", *words, "-o", "curve.png"]
     record, searched = tmp_path / "curve.json", []
     for _ in range(2):
