@@ -133,13 +133,16 @@ def draw(found: list[Row], path: Path) -> None:
     """A line for the search and each layout, the dense model as a line across."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    top, figure = found[0].quality, Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(found[0].quality, color="grey", linewidth=1, label="dense")
+    axes.axhline(top, color="grey", linewidth=1, label="dense")
     for setting in dict.fromkeys(row.setting for row in found[1:]):
         points = sorted((r.bits_per_weight, r.quality) for r in found if r.setting == setting)
         width = 2.5 if setting == "search" else 1
         axes.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=setting)
+    lost = max(abs(row.quality - top) for row in found if row.setting == "search")
+    sign = 1 if found[0].metric == "perplexity" else -1
+    axes.set_ylim(*sorted((top - sign * 0.1 * lost, top + sign * 3 * lost)))  # others may fall off
     axes.set_xlabel("bits a weight, scales and adapters included")
     axes.set_ylabel(found[0].metric)
     axes.grid(alpha=0.3)
