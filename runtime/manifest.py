@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from slimfx.errors import ArtifactError
 
-FORMAT = (1, 1)
+FORMAT = (1, 2)
 """Major changes are refused by older readers, minor ones only add keys."""
 
 _KEY = "slimfx"
@@ -36,6 +36,9 @@ class LayerReport:
     clipped: float
     notes: tuple[str, ...] = ()
     """What was out of the ordinary, and the rule that was followed."""
+    spectrum: tuple[float, ...] = ()
+    """Of the error without the adapter, the share that an eighth, a quarter, half and all of the
+    adapter's rank take up, inputs taken as uncorrelated; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,11 @@ _KINDS: dict[str, Any] = {
     "Mapping[str, str]": dict,
     "Mapping[str, Any] | None": (dict, type(None)),
     "tuple[str, ...]": list,
+    "tuple[float, ...]": list,
     "tuple[LayerReport, ...]": list,
 }
+
+_PARTS: dict[str, Any] = {"tuple[str, ...]": str, "tuple[float, ...]": (int, float)}
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,8 +111,8 @@ def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
             value = data[item.name]
             if not isinstance(value, _KINDS[str(item.type)]):
                 raise TypeError(f"{item.name} is {value!r}")
-            if item.type == "tuple[str, ...]":
-                if not all(isinstance(part, str) for part in value):
+            if item.type in _PARTS:
+                if not all(isinstance(part, _PARTS[str(item.type)]) for part in value):
                     raise TypeError(f"{item.name} is {value!r}")
                 value = tuple(value)
             found[item.name] = value

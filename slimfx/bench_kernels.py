@@ -147,7 +147,7 @@ def _rows(
         calls = contender.bind(x.to(contender.dtype))
         errors.append(_checked(contender, shape, x, calls[0]()))
         bound.append(calls)
-    taken = _in_rounds(bound, seconds)
+    taken = in_rounds([itertools.cycle(calls) for calls in bound], seconds)
     base = statistics.median(taken[0])
     for contender, error, times in zip(found, errors, taken, strict=True):
         median = statistics.median(times)
@@ -164,10 +164,9 @@ def _checked(contender: Contender, shape: Shape, x: Tensor, y: Tensor) -> float:
     return product_error(what, y[:, sample(shape.N)], exact, contender.limit)
 
 
-def _in_rounds(bound: Sequence[Sequence[Call]], seconds: float) -> list[list[float]]:
+def in_rounds(turns: Sequence[Iterator[Call]], seconds: float) -> list[list[float]]:
     """Seconds of every call of every contender; what disturbs a round disturbs them all."""
-    turns = [itertools.cycle(calls) for calls in bound]
-    taken: list[list[float]] = [[] for _ in bound]
+    taken: list[list[float]] = [[] for _ in turns]
     for _ in range(_ROUNDS):
         for times, turn in zip(taken, turns, strict=True):
             next(turn)()

@@ -1,4 +1,4 @@
-"""Make it fit: from a size or a loss to a recipe with settings of its own for each layer.
+"""Make it fit: from a size, a time or a loss to a recipe with settings of its own for each layer.
 
 `candidates` says what each layer may become, `allocate` chooses; a loss is then measured.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from glob import escape
 from typing import Any
 
+import torch
 from torch.export import ExportedProgram
 
 from slimfx.candidates import LAYOUTS, Candidate, Candidates, Progress, candidates, linears_of
@@ -19,6 +20,7 @@ from slimfx.compress import compress
 from slimfx.errors import BudgetError
 from slimfx.evaluate import evaluate
 from slimfx.methods.allocate import Option, allocate
+from slimfx.passes.find_linears import find_linears
 from slimfx.plan import plan
 from slimfx.recipe import Recipe
 from slimfx.sensitivity import is_language_model
@@ -32,7 +34,7 @@ _WINDOWS = 48
 
 @dataclass(frozen=True)
 class Target:
-    """What to reach; one of the three."""
+    """What to reach; one of the four."""
 
     bits: float | None = None
     """Stored bits for each weight of the linears, scales and adapters included, at most."""
@@ -40,11 +42,13 @@ class Target:
     """Bytes of the file at most."""
     loss: float | None = None
     """Relative increase of perplexity on held-out text at most."""
+    latency: float | None = None
+    """Seconds that all linears take for one token on this processor at most (`latency`)."""
 
     def __post_init__(self) -> None:
         given = [value for value in dataclasses.astuple(self) if value is not None]
         if len(given) != 1:
-            raise BudgetError("a budget is one of bits, size and loss; give exactly one")
+            raise BudgetError("a budget is one of bits, size, loss and latency; give exactly one")
         if not (math.isfinite(given[0]) and given[0] > 0):
             raise BudgetError(f"a budget of {given[0]} is impossible; it must be above 0")
 
@@ -57,6 +61,7 @@ def fit(
     recipe: Recipe | str = "joint-q",
     layouts: Iterable[str] = tuple(LAYOUTS),
     text: Any = None,
+    remembered: bool = False,
     progress: Progress | None = None,
 ) -> Recipe:
     """The recipe with the least predicted loss within a size, or the smallest within a loss.
@@ -66,6 +71,7 @@ def fit(
         recipe: what holds for all layers: solver, kind of adapter, what to skip.
         layouts: those of `LAYOUTS` that a layer may have.
         text: held-out text that a loss is measured on, as in `slimfx.data`.
+        remembered: as for `candidates`.
 
     Raises:
         BudgetError: the target is impossible; names the nearest possible.
@@ -73,20 +79,28 @@ def fit(
     base, tell = Recipe.load(recipe), progress or (lambda share, what: None)
     if target.loss is not None and not is_language_model(program):
         raise BudgetError("a loss is one of perplexity, which needs a language model; give a size")
-    search = candidates(program, calibration, recipe=base, layouts=layouts, progress=tell)
+    search = candidates(
+        *(program, calibration),
+        recipe=base,
+        layouts=layouts,
+        remembered=remembered,
+        progress=tell,
+    )
     if target.loss is not None:
         return _within_loss(program, target.loss, base, search, (calibration, text, tell))
     return choose(program, target, base, search)
 
 
 def choose(program: ExportedProgram, target: Target, base: Recipe, search: Candidates) -> Recipe:
-    """The recipe for bits or a size out of a search that was made before, for any of them.
+    """The recipe for bits, a size or a latency out of a search made before, for any of them.
 
     Raises:
         BudgetError: as `fit`.
     """
     if target.size is not None:
         return _within_size(program, target.size, base, search)
+    if target.latency is not None:
+        return _within_latency(program, target.latency, base, search)
     assert target.bits is not None
     weights = sum(site.out_features * site.in_features for site in linears_of(program, base))
     chosen = _within(search, target.bits * weights / 8)
@@ -131,6 +145,32 @@ def _within_size(program: ExportedProgram, size: float, base: Recipe, search: Ca
             f"a file of {int(size):,} bytes is impossible; the nearest possible is {least:,}"
         )
     return best
+
+
+def _within_latency(
+    program: ExportedProgram, seconds: float, base: Recipe, search: Candidates
+) -> Recipe:
+    """The recipe whose linears are measured to take so long at most, those it skips included."""
+    from slimfx.latency import latencies  # loads the compiler, slow
+
+    sites = find_linears(program)
+    stays = [Candidate(None, 0, 0.0)]
+    options = [search.get(site.name, stays) for site in sites]
+    hows = ([c.how for c in each] for each in options)
+    times = latencies(zip(sites, hows, strict=True))
+    places = [
+        [Option(t, c.loss) for t, c in zip(*pair, strict=True)]
+        for pair in zip(times, options, strict=True)
+    ]
+    chosen = allocate(places, seconds)
+    if chosen is None:
+        least = math.ceil(1e6 * sum(map(min, times))) / 1e3
+        raise BudgetError(
+            f"{1e3 * seconds:g} ms a token are impossible; the nearest possible on this processor "
+            f"with {torch.get_num_threads()} threads is {least:.3f} ms"
+        )
+    named = {site.name: each[i] for site, each, i in zip(sites, options, chosen, strict=True)}
+    return _recipe(base, search, [named[name] for name in search])
 
 
 def _within_loss(

@@ -14,6 +14,7 @@ Statistics come from the dense model, one block at a time.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from slimfx import calibrate, data
+from slimfx import calibrate, data, remember
 from slimfx.calibrate import Walk
 from slimfx.errors import BudgetError
+from slimfx.journal import digest
 from slimfx.methods.full_lora import left_by_rank
 from slimfx.methods.stats import Stats
 from slimfx.passes.cut_blocks import Block, cut_blocks
@@ -75,9 +77,14 @@ def candidates(
     *,
     recipe: Recipe,
     layouts: Iterable[str] = tuple(LAYOUTS),
+    remembered: bool = False,
     progress: Progress | None = None,
 ) -> Candidates:
     """What each layer may become, its bytes exact, its loss predicted.
+
+    Args:
+        remembered: keep what is computed in the user's cache folder (`remember`), and take it from
+            there for the same program, weights, recipe, layouts and data.
 
     Raises:
         BudgetError: the recipe or a layout is not one that can be searched.
@@ -87,6 +94,38 @@ def candidates(
         raise BudgetError(f"layout {unknown[0]!r} is not one of {', '.join(LAYOUTS)}")
     sites = linears_of(program, recipe)
     batches = data.batches(program, calibration, recipe.calibration)
+    key = _key(program, batches, recipe, layouts) if remembered else {}
+    losses = remember.recall("search", key) if remembered else None
+    if losses is None:
+        losses = _losses(program, batches, recipe, layouts, sites, tell)
+        if remembered:
+            remember.keep("search", key, losses)
+    found = {site.name: _candidates(site, recipe, losses[site.name]) for site in sites}
+    return {name: _nameable(name, each, found) for name, each in found.items()}
+
+
+def _key(
+    program: ExportedProgram, batches: Sequence[Any], recipe: Recipe, layouts: list[str]
+) -> dict[str, Any]:
+    """All that decides what a search comes to."""
+    return {
+        "program": hashlib.sha256(str(program.graph).encode()).hexdigest(),
+        "weights": digest(program.state_dict),
+        "recipe": recipe.to_dict(),
+        "layouts": layouts,
+        "data": data.digest(program, batches),
+    }
+
+
+def _losses(
+    program: ExportedProgram,
+    batches: Sequence[Any],
+    recipe: Recipe,
+    layouts: list[str],
+    sites: list[Site],
+    tell: Progress,
+) -> dict[str, dict[str, list[float]]]:
+    """The predicted loss of each layer in each layout that it can have, at each of `_ranks`."""
     blocks = cut_blocks(program, sites)
     curves: dict[str, dict[str, Tensor]] = {}
     gains = dict.fromkeys(layouts, 1.0)
@@ -105,8 +144,16 @@ def candidates(
                 gains = {name: _gain(shapes, name, curves) for name in layouts}
             if block is not holders[-1]:
                 walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
-    found = {site.name: _candidates(site, recipe, curves[site.name], gains) for site in sites}
-    return {name: _nameable(name, each, found) for name, each in found.items()}
+    return {
+        site.name: {
+            layout: [
+                curve[rank].item() * (gains[layout] if rank else 1.0)
+                for rank in _ranks(site, recipe, layout)
+            ]
+            for layout, curve in curves[site.name].items()
+        }
+        for site in sites
+    }
 
 
 def linears_of(program: ExportedProgram, recipe: Recipe) -> list[Site]:
@@ -211,20 +258,23 @@ def _how(base: LayerRecipe, layout: str, rank: int) -> LayerRecipe:
     )
 
 
-def _candidates(
-    site: Site,
-    recipe: Recipe,
-    curves: Mapping[str, Tensor],
-    gains: Mapping[str, float],
-) -> list[Candidate]:
+def _ranks(site: Site, recipe: Recipe, layout: str) -> Sequence[int]:
+    """The ranks that a layer may have in a layout."""
     base, smaller = recipe.for_layer(site.name), min(site.out_features, site.in_features)
+    if base is None or base.adapter is None or layout in _EXACT:
+        return [0]
+    return range(0, int(_LARGEST * smaller) + 1, max(1, smaller // _RANKS))
+
+
+def _candidates(
+    site: Site, recipe: Recipe, losses: Mapping[str, Sequence[float]]
+) -> list[Candidate]:
+    base = recipe.for_layer(site.name)
     assert base is not None
-    ranks = range(0, int(_LARGEST * smaller) + 1, max(1, smaller // _RANKS))
     found = [Candidate(None, site.out_features * site.in_features * site.dtype.itemsize, 0.0)]
-    for layout, curve in curves.items():
-        for rank in ranks if base.adapter and layout not in _EXACT else [0]:
+    for layout, each in losses.items():
+        for rank, loss in zip(_ranks(site, recipe, layout), each, strict=True):
             how = _how(base, layout, rank)
-            loss = curve[rank].item() * (gains[layout] if rank else 1.0)
             found.append(Candidate(how, row_of(site, how).bytes_after, loss))
     return found
 

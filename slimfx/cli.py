@@ -121,6 +121,7 @@ def compress(
     bits: cli_budget.Bits = None,
     target_size: cli_budget.TargetSize = None,
     max_loss: cli_budget.MaxLoss = None,
+    target_latency: cli_budget.TargetLatency = None,
     text: cli_budget.Text = None,
     layouts: cli_budget.Layouts = None,
     form: Form = "op",
@@ -134,7 +135,7 @@ def compress(
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
-    target = cli_budget.target_of(bits, target_size, max_loss)
+    target = cli_budget.target_of(bits, target_size, max_loss, target_latency)
     read = is_artifact(model) or target is not None  # a search reads all weights more than once
     folder = output.with_name(f".{output.name}.journal")
     give_back_at_once()
@@ -164,6 +165,7 @@ def compress(
         "bytes_planned": planned.file_bytes,
         "bytes_dense": planned.bytes_before,
         "bits_per_weight": planned.bits_per_weight,
+        **cli_budget.planned_latency(program, chosen, target),
         "seconds": round(time.perf_counter() - began, 1),
     }
     if not as_json:

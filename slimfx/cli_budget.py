@@ -25,6 +25,13 @@ MaxLoss = Annotated[
     str | None,
     typer.Option(help="Search the smallest recipe: rise of perplexity on --text, such as 2%."),
 ]
+TargetLatency = Annotated[
+    str | None,
+    typer.Option(
+        help="Search a recipe: time that the linears take for one token on this processor at most, "
+        "such as 9ms."
+    ),
+]
 Text = Annotated[
     str | None,
     typer.Option(help="Held-out text for --max-loss. Default: the English of the running Python."),
@@ -35,16 +42,23 @@ Layouts = Annotated[
 ]
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_A_SECOND = {"us": 1e6, "ms": 1e3, "s": 1}
 
 
-def target_of(bits: float | None, target_size: str | None, max_loss: str | None) -> Target | None:
+def target_of(
+    bits: float | None,
+    target_size: str | None,
+    max_loss: str | None,
+    target_latency: str | None = None,
+) -> Target | None:
     """The budget that the options ask for, if any."""
-    if bits is None and target_size is None and max_loss is None:
+    if (bits, target_size, max_loss, target_latency) == (None,) * 4:
         return None
     return Target(
         bits=bits,
         size=None if target_size is None else _bytes(target_size),
         loss=None if max_loss is None else _share(max_loss),
+        latency=None if target_latency is None else _seconds(target_latency),
     )
 
 
@@ -65,8 +79,24 @@ def recipe_for(
         return recipe or "joint"
     options: dict[str, Any] = {} if layouts is None else {"layouts": _names(layouts)}
     return fit(
-        program, target, data, recipe=recipe or "joint-q", text=text, progress=progress, **options
+        *(program, target, data),
+        recipe=recipe or "joint-q",
+        text=text,
+        remembered=True,
+        progress=progress,
+        **options,
     )
+
+
+def planned_latency(
+    program: ExportedProgram, recipe: Recipe | str, target: Target | None
+) -> dict[str, float]:
+    """Milliseconds of one token in the linears, where they were asked for."""
+    if target is None or target.latency is None:
+        return {}
+    from slimfx.latency import latency  # loads the compiler, slow
+
+    return {"ms_planned": 1e3 * latency(program, Recipe.load(recipe))}
 
 
 def _bytes(text: str) -> float:
@@ -83,6 +113,13 @@ def _share(text: str) -> float:
     if unit not in ("", "%"):
         raise BudgetError(f"--max-loss {text}: {unit!r} is not %")
     return number / 100 if unit else number
+
+
+def _seconds(text: str) -> float:
+    number, unit = _number(text, "--target-latency", "9ms, 800us or 0.5s")
+    if unit not in _A_SECOND:
+        raise BudgetError(f"--target-latency {text}: {unit!r} is not one of {', '.join(_A_SECOND)}")
+    return number / _A_SECOND[unit]
 
 
 def _number(text: str, option: str, form: str) -> tuple[float, str]:

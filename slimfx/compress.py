@@ -342,6 +342,7 @@ def _report(row: PlanRow, solution: Solution, tokens: int) -> LayerReport:
         snr_without_adapter=round(solution.snr_without_adapter, 3),
         clipped=round(solution.clipped, 6),
         notes=solution.notes,
+        spectrum=tuple(round(share, 3) for share in solution.spectrum),
     )
 
 

@@ -120,6 +120,7 @@ LAYER_COLUMNS = {
     "bytes": ("bytes", ",d"),
     "SNR, dB": ("snr", ".1f"),
     "without adapters": ("snr_without_adapter", ".1f"),
+    "taken up by 1/8, 1/4, 1/2, all of the rank": ("spectrum", ".0%"),
     "clipped": ("clipped", ".3%"),
     "tokens": ("tokens", ",d"),
     "notes": ("notes", ""),

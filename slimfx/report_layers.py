@@ -16,6 +16,10 @@ WORDS = (
     "inputs that are as large as calibration saw them, but uncorrelated: 3 dB more is half the "
     "error's energy. Recipes that solve against the inputs' covariance (joint, second-order) trade "
     "some of it for less error on inputs as they are, so between recipes perplexity decides.",
+    "Taken up is the spectrum of the error: what the leading eighth, quarter, half and all of a "
+    "layer's rank take up of the error's energy without adapters. Where half the rank does nearly "
+    "what all of it does, a smaller one is enough; where each step adds its part, a larger one "
+    "pays.",
     "Clipped is the share of weights more than half a step beyond the largest code; tokens are "
     "those of the calibration that the layer saw.",
 )

@@ -29,6 +29,7 @@ from slimfx.methods.quantized import Parts, Quantized, as_float, largest_code, q
 from slimfx.methods.salient_channels import salient_channels
 from slimfx.methods.second_order import second_order
 from slimfx.methods.smoothquant import smoothquant
+from slimfx.methods.spectrum import spectrum
 from slimfx.methods.stats import Stats
 from slimfx.steps import Adapter, LayerRecipe, Quantize
 
@@ -54,6 +55,8 @@ class Solution:
     """Share of the weights beyond the largest code."""
     notes: tuple[str, ...] = ()
     """What was out of the ordinary, and the rule that was followed."""
+    spectrum: tuple[float, ...] = ()
+    """Of the adapter, as `methods.spectrum` has it."""
 
     @property
     def parts(self) -> Parts:
@@ -188,6 +191,9 @@ def _measured(
         snr_without_adapter=_decibels(W, W - as_float(parts.weight), stats),
         clipped=_clipped(W, parts.weight, how.bits) if how else 0.0,
         notes=notes,
+        spectrum=()
+        if parts.L is None or parts.R is None
+        else spectrum(W - as_float(parts.weight), as_float(parts.L), as_float(parts.R), stats.rms),
     )
 
 

@@ -18,7 +18,7 @@ from slimfx.errors import need
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A caption, and cells that are text, a tuple of texts, a number or None."""
+    """A caption, and cells that are text, a number, a tuple of these or None."""
 
     caption: str
     columns: Mapping[str, str]
@@ -36,7 +36,7 @@ def shown(value: Any, spec: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, tuple):
-        return "; ".join(value)
+        return "; ".join(shown(each, spec) for each in value)
     if isinstance(value, float) and not math.isfinite(value):
         return "∞" if value == math.inf else "–"
     return format(value, ".1%" if spec == "bar" else spec)

@@ -16,6 +16,7 @@ LONG = (
     *("e2e/test_cache", "e2e/test_cpp_runner.py", "e2e/test_examples.py", "e2e/test_targets.py"),
     *("test_import_checkpoint.py", "test_bench_model.py", "test_bench_kernels.py"),
     *("test_finetune.py", "passes/test_train_adapters.py", "docs/test_docs.py"),
+    *("test_latency.py", "runtime/test_direct.py"),
     *("test_report_browser.py", "e2e/test_experts.py", "e2e/test_embeddings.py"),
     "test_ranks.py",
 )
@@ -38,6 +39,18 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is remembered in one run of the tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from the user's folder, or written to it."""
+    monkeypatch.setenv("SLIMFX_CACHE", str(cache_folder))
 
 
 @pytest.fixture(autouse=True)

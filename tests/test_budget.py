@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,25 @@ def test_the_same_search_twice_is_the_same_recipe_and_draws_nothing() -> None:
     assert Recipe.from_yaml(first.to_yaml()) == first
 
 
+def test_another_budget_searches_nothing_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*args: object, **words: object) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setenv("SLIMFX_CACHE", str(tmp_path))
+    program, batches = captured("llama"), case("llama").batches
+    anew = fit(program, Target(bits=5), batches)
+    fit(program, Target(bits=4), batches, remembered=True)
+    monkeypatch.setattr("slimfx.candidates.sensitivities", refuse)
+    assert fit(program, Target(bits=5), batches, remembered=True).to_yaml() == anew.to_yaml()
+    for other in ({"layouts": ["int4"]}, {"recipe": "joint"}):
+        with pytest.raises(AssertionError, match="searched again"):
+            fit(program, Target(bits=5), batches, remembered=True, **other)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="searched again"):
+        fit(program, Target(bits=5), batches[:1], remembered=True)
+
+
 def test_the_recipe_compresses_to_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = chosen(monkeypatch, "mlp", Target(bits=6))
     small = slimfx.compress(captured("mlp"), recipe, case("mlp").batches)
@@ -153,8 +173,8 @@ def test_a_loss_holds_on_held_out_text_and_a_larger_one_is_smaller(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "one of bits, size and loss"),
-        ({"bits": 3.0, "loss": 0.1}, "one of bits, size and loss"),
+        ({}, "one of bits, size, loss and latency"),
+        ({"bits": 3.0, "loss": 0.1}, "one of bits, size, loss and latency"),
         ({"size": -1.0}, "a budget of -1.0 is impossible"),
         ({"bits": float("nan")}, "a budget of nan is impossible"),
     ],

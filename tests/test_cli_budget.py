@@ -41,6 +41,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ((None, "123456", None), Target(size=123456)),
         ((None, None, "2%"), Target(loss=0.02)),
         ((None, None, "0.5"), Target(loss=0.5)),
+        ((None, None, None, "9ms"), Target(latency=9 / 1e3)),
+        ((None, None, None, "0.5 s"), Target(latency=0.5)),
         ((None, None, None), None),
     ],
 )
@@ -70,10 +72,12 @@ def test_a_target_size_is_the_size_of_the_file(demo: tuple[Path, Path], tmp_path
     ("options", "code", "message"),
     [
         (["--bits", "0.5"], 1, "0.5 bits a weight are impossible; the nearest possible is"),
-        (["--bits", "3", "--max-loss", "2%"], 1, "a budget is one of bits, size and loss"),
+        (["--bits", "3", "--max-loss", "2%"], 1, "a budget is one of bits, size, loss and latency"),
         (["--target-size", "2 stone"], 1, "'stone' is not one of B, KiB"),
         (["--target-size", "large"], 1, "--target-size large: give 2.0GiB"),
         (["--max-loss", "2dB"], 1, "--max-loss 2dB: 'dB' is not %"),
+        (["--target-latency", "9"], 1, "--target-latency 9: '' is not one of us, ms, s"),
+        (["--target-latency", "1us"], 1, "0.001 ms a token are impossible; the nearest possible"),
         (["--layouts", "int4"], 2, "--text and --layouts go with a budget"),
         (["--bits", "4", "-r", "slim"], 1, "a budget is searched for solve.method joint"),
     ],

@@ -24,7 +24,7 @@ from torch._inductor.virtualized import V
 
 _WIDTH = 32
 """Columns that `linear.h` hands over at a time."""
-_CONSTANTS = {"dense": "DENSE", "2:4": "TWO_FOUR", "bitmask": "BITMASK"}
+CONSTANTS = {"dense": "DENSE", "2:4": "TWO_FOUR", "bitmask": "BITMASK"}
 
 _SOURCE = r"""
 {{template.header().getvalue()}}
@@ -88,7 +88,7 @@ class LinearTemplate(CppTemplate):
         out: Any = self.output_node if template_buffer_node is None else template_buffer_node
         store = _Store(out, bool(flag_template_buffer_has_other_users), epilogue_nodes or [])
         inputs = dict(zip(self.names, self.input_nodes))
-        names = [f"Stored<{_CONSTANTS[kind.where]}, {kind.bits}>" for kind in self.kinds]
+        names = [f"Stored<{CONSTANTS[kind.where]}, {kind.bits}>" for kind in self.kinds]
         acc = ir.Buffer(
             name="acc",
             layout=ir.FixedLayout(torch.device("cpu"), torch.float32, [out.get_size()[0], _WIDTH]),

@@ -11,6 +11,7 @@ changes that gain the most, so that no choice of any total is better by more tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -47,9 +48,12 @@ def allocate(places: Sequence[Sequence[Option]], limit: float) -> list[int] | No
 
 
 def hull(options: Sequence[Option]) -> list[int]:
-    """Indices of the corners of the lower convex hull, the cheapest first, each of lower value."""
+    """Indices of the corners of the lower convex hull, the cheapest first, each of lower value;
+    an option of infinite spend is none.
+    """
     corners: list[int] = []
-    for i in sorted(range(len(options)), key=lambda i: (*options[i], i)):
+    finite = (i for i, option in enumerate(options) if math.isfinite(option.spend))
+    for i in sorted(finite, key=lambda i: (*options[i], i)):
         if corners and options[i].value >= options[corners[-1]].value:
             continue
         while len(corners) > 1 and _slope(options[corners[-2]], options[corners[-1]]) >= _slope(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -60,3 +61,23 @@ def test_targets_of_the_same_arithmetic_say_the_same(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_executorch_goes_on(tmp_path: Path) -> None:
     assert GREEDY.search(said("to_pte", tmp_path))
+
+
+@pytest.mark.slow
+def test_a_budget_is_measured_beside_uniform_settings_and_goes_on(tmp_path: Path) -> None:
+    words = ("--bits=3.8", "--layouts=2:4 int4,bitmask int4")
+    words += ("--samples=1", "--calibration-samples=2", "--length=64")
+    line = [sys.executable, str(EXAMPLES / "budget.py"), "demo", *words, "-o", "curve.png"]
+    record, searched = tmp_path / "curve.json", []
+    for _ in range(2):
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(record.read_text())
+        rows = {row["setting"]: row for row in found["rows"]}
+        assert {"dense", "search", "2:4 int4"} <= set(rows)
+        assert all(0.96 * 3.8 < r["bits_per_weight"] < 3.81 for r in found["rows"][1:])
+        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+        searched.append(rows["search"])
+        kept = [row for row in found["rows"] if row["setting"] != "2:4 int4"]
+        record.write_text(json.dumps({**found, "rows": kept}))
+    assert searched[0] == searched[1]  # measured once, seconds and all

@@ -78,3 +78,9 @@ def test_too_little_for_the_least_is_none(limit: float) -> None:
     assert allocate(places, limit) is None
     assert allocate(places, 5) == [0, 0]
     assert allocate(places, 6) == [1, 0]
+
+
+def test_an_option_that_spends_without_end_is_never_chosen() -> None:
+    never = Option(float("inf"), 0.0)
+    assert allocate([[never, Option(2, 5)], [Option(1, 1)]], 3) == [1, 0]
+    assert allocate([[Option(4, 1), never, Option(2, 5)]], 5) == [0]

@@ -12,7 +12,7 @@ import slimfx
 from slimfx.errors import ArtifactError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-VERSIONS = [(1, 0), (1, 1)]
+VERSIONS = [(1, 0), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("form", ["op", "aten"])
