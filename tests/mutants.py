@@ -133,8 +133,14 @@ def import_all_but_ours(tests: Path) -> None:
                     importlib.import_module(name)
 
 
-def survivors(file: Path, count: int | None) -> tuple[int, list[int]]:
-    """How many mutants of a file there were, and the lines of those that the tests let live."""
+def changed(source: str, tree: ast.Module) -> str:
+    """The first line in which a mutant differs."""
+    lines = [ast.unparse(each).splitlines() for each in (ast.parse(source), tree)]
+    return next(new.strip() for old, new in zip(*lines) if old != new)
+
+
+def survivors(file: Path, count: int | None) -> tuple[int, int]:
+    """How many mutants of a file there were, and how many of those the tests let live."""
     inside = file.parts[0] == "slimfx"
     name = ("" if inside else "slimfx.") + ".".join(file.with_suffix("").parts)
     tests = ROOT / "tests" / Path(*file.parts[inside:-1]) / f"test_{file.name}"
@@ -146,11 +152,11 @@ def survivors(file: Path, count: int | None) -> tuple[int, list[int]]:
     limit = 20 + 4 * (time.monotonic() - began)
     every = list(mutants(source))
     drawn = every if count is None else random.Random(0).sample(every, min(count, len(every)))
-    alive = [line for line, tree in drawn if not failing(name, tree, tests, limit)]
+    alive = [each for each in drawn if not failing(name, each[1], tests, limit)]
     print(f"{file}: {len(drawn) - len(alive)} of {len(drawn)} killed ({len(every)} in all)")
-    if alive:
-        print("   alive in lines", *sorted(alive), flush=True)
-    return len(drawn), alive
+    for line, tree in sorted(alive, key=lambda each: each[0]):
+        print(f"   alive, line {line}: {changed(source, tree)}", flush=True)
+    return len(drawn), len(alive)
 
 
 def main() -> None:
@@ -160,8 +166,8 @@ def main() -> None:
     settings.load_profile("seen")
     count = int(sys.argv[-1]) if sys.argv[-1].isdigit() else None
     found = [survivors(Path(file), count) for file in sys.argv[1:] if not file.isdigit()]
-    tried, alive = sum(n for n, _ in found), sum(len(lines) for _, lines in found)
-    print(f"{tried - alive} of {tried} mutants killed: {1 - alive / max(tried, 1):.1%}")
+    tried, alive = (sum(numbers) for numbers in zip(*found))
+    print(f"{tried - alive} of {tried} mutants killed: {1 - alive / tried:.1%}")
 
 
 if __name__ == "__main__":

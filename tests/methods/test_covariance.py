@@ -55,3 +55,8 @@ def test_what_float32_cannot_factor_float64_does() -> None:
 def test_an_indefinite_covariance_is_an_error() -> None:
     with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
         inverse_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
+def test_a_factor_that_float32_cannot_hold_is_found_in_float64() -> None:
+    U = inverse_factor(torch.diag(torch.tensor([1.0, 1e-39])))  # 1e39 is infinite in float32
+    torch.testing.assert_close(U, torch.diag(torch.tensor([1.0, 10**19.5])), rtol=1e-3, atol=0)

@@ -99,3 +99,10 @@ def test_a_zero_error_needs_a_zero_adapter() -> None:
     for N, K in SHAPES:
         L, R = l2qer(torch.zeros(N, K), correlated(K), rank=2)
         assert not (R @ L).any()
+
+
+@pytest.mark.parametrize("unit", [1e-22, 1e22])
+def test_squares_of_the_weights_may_be_out_of_range(unit: float) -> None:
+    E, x = torch.randn(12, 20), unit * (torch.rand(50, 20) + 0.1)
+    L, R = l2qer(unit * E, add_tokens(empty_stats(20), x), rank=12)
+    torch.testing.assert_close(R @ (L / unit), E, rtol=0, atol=1e-3)
