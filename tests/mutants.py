@@ -40,12 +40,23 @@ NAMES = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 
 
 def mutants(source: str) -> Iterator[tuple[int, ast.Module]]:
-    """Line and tree of every mutant; annotations and texts stay."""
-    for place in range(len(list(ast.walk(ast.parse(source))))):
+    """Line and tree of every mutant; texts stay, and what only declares."""
+    for place in range(len(list(_changeable(ast.parse(source))))):
         tree = ast.parse(source)
-        node: Any = list(ast.walk(tree))[place]
+        node: Any = list(_changeable(tree))[place]
         if _change_(node):
             yield node.lineno, ast.fix_missing_locations(tree)
+
+
+def _changeable(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node outside annotations and decorators (tests/test_layers.py has data frozen)."""
+    for field, value in ast.iter_fields(tree):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, ast.AST):
+                yield node
+                yield from _changeable(node)
 
 
 def _change_(node: Any) -> bool:
