@@ -145,9 +145,10 @@ def import_all_but_ours(tests: Path) -> None:
 
 
 def changed(source: str, tree: ast.Module) -> str:
-    """The first line in which a mutant differs."""
-    lines = [ast.unparse(each).splitlines() for each in (ast.parse(source), tree)]
-    return next(new.strip() for old, new in zip(*lines) if old != new)
+    """Where a mutant first differs, and what is around it."""
+    old, new = (ast.unparse(each) for each in (ast.parse(source), tree))
+    place = next(i for i, (a, b) in enumerate(zip(old, new)) if a != b)
+    return " ".join(new[max(0, place - 40) : place + 40].split())
 
 
 def survivors(file: Path, count: int | None) -> tuple[int, int]:
