@@ -143,3 +143,16 @@ def test_the_least_scale_is_a_ten_thousandth_of_the_largest() -> None:
         steps=1,
     )
     assert (c[1] / c[0]).item() == pytest.approx(1e4, rel=2**-7)
+
+
+def test_every_step_of_the_grid_is_tried_once_and_none_behind_one() -> None:
+    tried: list[Tensor] = []
+
+    def watching(W: Tensor) -> Tensor:
+        tried.append(W)
+        return rounded(W)
+
+    W, x = torch.randn(4, 16), uneven(20, 16)
+    awq(W, stats_of(x), quantize=watching, steps=3)
+    assert len(tried) == 4
+    assert torch.equal(tried[0], W)
