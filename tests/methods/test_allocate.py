@@ -78,3 +78,24 @@ def test_too_little_for_the_least_is_none(limit: float) -> None:
     assert allocate(places, limit) is None
     assert allocate(places, 5) == [0, 0]
     assert allocate(places, 6) == [1, 0]
+
+
+def test_what_lies_on_the_line_between_two_is_no_corner() -> None:
+    assert hull([Option(0, 10), Option(1, 5), Option(2, 0)]) == [0, 2]
+
+
+def test_the_steepest_step_comes_first_and_may_take_all_that_is_left() -> None:
+    steep, long = [Option(0, 10), Option(1, 4)], [Option(0, 20), Option(10, 10)]
+    assert allocate([steep, long], 10) == [1, 0]
+    steep, short = [Option(0, 10), Option(5, 0)], [Option(0, 4), Option(4, 0)]
+    assert allocate([steep, short], 5) == [1, 0]
+
+
+def test_what_is_left_goes_to_what_fits_the_largest_gain_first() -> None:
+    small = [Option(1, 5), Option(1.9, 4.5), Option(6, 0)]
+    steep = [Option(1, 10), Option(1.5, 0)]
+    large = [Option(1, 10), Option(4, 6), Option(5, 0)]
+    # after the bases and the steep step 3.95 are left, too little for either other step
+    assert allocate([small, steep, large], 3 + 0.5 + 3.95) == [1, 1, 1]
+    assert allocate([[Option(2, 1), Option(5, 0.6), Option(6, 0)]], 5) == [1]
+    assert allocate([], 1) == []

@@ -169,3 +169,21 @@ def test_it_is_the_alternation_and_its_best_iterate(rank: int, rounds: int) -> N
     tried.append((RL, refined(W - RL, Q, 4)))
     found = solved(W, H, rank=rank, rounds=rounds)
     assert error(W, found.dense(), H) == pytest.approx(min(map(left, tried)), rel=1e-6)
+
+
+def test_rounds_that_go_wrong_are_not_kept() -> None:
+    W, x = torch.randn(24, 64), inputs(64, 500)
+    H = damped(x.T @ x / 500)
+    fits = 0
+
+    def fit(E: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal fits
+        fits += 1
+        L, R = low_rank_under(E, H, 5)
+        return (L, R) if fits <= 4 else (0 * L, R)
+
+    scale_of = partial(one_scale, pattern=HALF)
+    how = {"group": 1, "bits": 4, "pattern": HALF}
+    found = joint(W, H, rank=5, rounds=6, scale_of=scale_of, fit=fit, **how)
+    assert fits == 8
+    assert error(W, found.dense(), H) < 0.9 * error(W, solved(W, H, rank=0).dense(), H)
