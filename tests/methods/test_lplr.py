@@ -79,10 +79,11 @@ def test_it_is_two_rounds_of_the_two_closed_forms() -> None:
     assert under(E - tried[0][1] @ tried[0][0], H) > best
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("best", [0, 1, 2])
-def test_the_best_round_is_the_one_that_is_kept(best: int) -> None:
+def test_the_best_round_is_the_one_that_is_kept(best: int, sign: int) -> None:
     """Whatever is stored in the other rounds is worse: each is spoiled by so much."""
-    E, stats = torch.randn(24, 40), watched(40)
+    E, stats = sign * torch.randn(24, 40), watched(40)
     stored: list[Tensor] = []
 
     def spoiling(matrix: Tensor) -> Tensor:
