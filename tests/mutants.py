@@ -156,13 +156,15 @@ def survivors(file: Path, count: int | None) -> tuple[int, int]:
     inside = file.parts[0] == "slimfx"
     name = ("" if inside else "slimfx.") + ".".join(file.with_suffix("").parts)
     tests = ROOT / "tests" / Path(*file.parts[inside:-1]) / f"test_{file.name}"
-    import_all_but_ours(tests)
     source = (ROOT / file).read_text(encoding="utf-8")
+    every = list(mutants(source))
+    if not every:
+        return 0, 0
+    import_all_but_ours(tests)
     began = time.monotonic()
     if failing(name, ast.parse(source), tests):
         raise SystemExit(f"{tests}: fails without a mutant")
     limit = 20 + 4 * (time.monotonic() - began)
-    every = list(mutants(source))
     drawn = every if count is None else random.Random(0).sample(every, min(count, len(every)))
     alive = [each for each in drawn if not failing(name, each[1], tests, limit)]
     print(f"{file}: {len(drawn) - len(alive)} of {len(drawn)} killed ({len(every)} in all)")
