@@ -99,3 +99,10 @@ def test_what_is_left_goes_to_what_fits_the_largest_gain_first() -> None:
     assert allocate([small, steep, large], 3 + 0.5 + 3.95) == [1, 1, 1]
     assert allocate([[Option(2, 1), Option(5, 0.6), Option(6, 0)]], 5) == [1]
     assert allocate([], 1) == []
+
+
+def test_a_step_along_the_hull_comes_before_a_larger_gain() -> None:
+    steep = [Option(0, 10), Option(1, 4), Option(20, 3.9)]
+    long = [Option(0, 20), Option(9.5, 10)]
+    assert allocate([steep, long], 10) == [1, 0]
+    assert allocate([long, steep], 10) == [0, 1]
