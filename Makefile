@@ -5,7 +5,7 @@ RUN = $(VENV)/bin
 .PHONY: demo test test-long test-slow docs trust fuzz coverage mutants sbom lint sanitize gpu gpu-splits
 
 FUZZ_RUNS ?= 1000000
-MUTANTS ?= runtime/pack.py
+MUTANTS ?= runtime/pack.py $(wildcard slimfx/methods/*.py)
 
 demo: $(VENV)/ready  ## compress two real models, print what it cost, generate text without slimfx
 	$(RUN)/python examples/demo.py
@@ -36,8 +36,8 @@ coverage: $(VENV)/ready  ## lines and branches of slimfx, passes and runtime tha
 	$(RUN)/coverage run -m pytest -q -m "not slow" && $(RUN)/coverage combine
 	$(RUN)/coverage report
 
-mutants: $(VENV)/ready  ## MUTANTS, a file: how many small changes of it the tests of its name find
-	$(RUN)/python tests/mutants.py $(MUTANTS)
+mutants: $(VENV)/ready  ## MUTANTS, files: how many small changes of each, of 40, the tests of its name find
+	$(RUN)/python tests/mutants.py $(MUTANTS) 40
 
 sbom: $(VENV)/ready  ## sbom.json: every package of the environment (CycloneDX)
 	$(RUN)/python -m pip install --quiet cyclonedx-bom

@@ -179,6 +179,18 @@ def test_the_search_leaves_safe_calls_alone(line: str) -> None:
     assert list(unsafe_calls(ast.parse(line))) == []
 
 
+def test_data_cannot_be_changed() -> None:
+    found = {
+        (str(path.relative_to(ROOT)), node.name)
+        for path in SOURCES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ClassDef)
+        for how in map(ast.unparse, node.decorator_list)
+        if "dataclass" in how and "frozen=True" not in how
+    }
+    assert found == {("slimfx/generate.py", "Took"), ("passes/base.py", "Edit")}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
 def test_no_function_is_longer_than_60_lines(path: Path) -> None:
     long = [

@@ -78,17 +78,14 @@ def save(
     lowered, report = lower_pte(order_attention(limited), form=form)
     inputs, outputs = _golden(lowered)
     record = {"form": form, "inputs": described(limited)}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        draft = Path(folder) / path.name
-        draft.write_bytes(_converted(lowered, form, path))
-        result = compare(_answers(draft, record, inputs), list(outputs.values()), TOLERANCES[form])
+    with archive.atomic(path) as part:
+        part.write_bytes(_converted(lowered, form, path))
+        result = compare(_answers(part, record, inputs), list(outputs.values()), TOLERANCES[form])
         if not result.passed:
             raise ArtifactError(
                 f"{path}: ExecuTorch's outputs differ from the program's by "
                 f"{result.max_difference:.1e}, more than {result.tolerance:.0e}; not written"
             )
-        with archive.atomic(path) as part:
-            draft.replace(part)
     held = sidecar.Sidecar(TARGET, manifest_of(program), record, inputs, outputs)
     beside = _beside(path)
     sidecar.write(beside, held, [path])

@@ -38,5 +38,5 @@ def learned_transform(
         coded = quantize(V, scale.to(torch.bfloat16), group=group, bits=bits)
         return Parts(masked(coded, mask), None, None), c.to(torch.bfloat16)
 
-    start = learned_clipping(W / c, mask, bits=bits, granularity=granularity, group=group).values
+    start = learned_clipping(W, mask, bits=bits, granularity=granularity, group=group).values
     return Learnable({**start, "log_c": c.float().log()}, weight, finish)

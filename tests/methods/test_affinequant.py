@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slimfx.methods.absmax import absmax
 from slimfx.methods.affinequant import learned_transform
 from slimfx.methods.masks import Unstructured, keep
 from slimfx.methods.omniquant import learned_clipping
@@ -63,3 +64,13 @@ def test_descent_finds_a_scale_that_spares_an_outlier_channel() -> None:
         loss().backward()
         adam.step()
     assert loss().item() < 0.2 * before  # 0.03 when this was written
+
+
+def test_the_codes_are_those_of_the_weight_over_the_scale() -> None:
+    W, c = weight(), weight(1, 20, 1)[0].exp().to(torch.bfloat16).float()
+    learned = learned_transform(W, None, c, bits=8, granularity="channel", group=20)
+    values = {**learned.values, "gamma": torch.full((6, 1), 20.0)}  # nothing clipped
+    scale = absmax(W / c, bits=8, granularity="channel", group=20)
+    parts, _ = learned.finish(values)
+    assert torch.equal(parts.weight.scale, scale)
+    assert ((parts.dense() * c - W).abs() <= 0.51 * scale.float() * c).all()

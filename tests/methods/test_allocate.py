@@ -84,3 +84,31 @@ def test_an_option_that_spends_without_end_is_never_chosen() -> None:
     never = Option(float("inf"), 0.0)
     assert allocate([[never, Option(2, 5)], [Option(1, 1)]], 3) == [1, 0]
     assert allocate([[Option(4, 1), never, Option(2, 5)]], 5) == [0]
+
+
+def test_what_lies_on_the_line_between_two_is_no_corner() -> None:
+    assert hull([Option(0, 10), Option(1, 5), Option(2, 0)]) == [0, 2]
+
+
+def test_the_steepest_step_comes_first_and_may_take_all_that_is_left() -> None:
+    steep, long = [Option(0, 10), Option(1, 4)], [Option(0, 20), Option(10, 10)]
+    assert allocate([steep, long], 10) == [1, 0]
+    steep, short = [Option(0, 10), Option(5, 0)], [Option(0, 4), Option(4, 0)]
+    assert allocate([steep, short], 5) == [1, 0]
+
+
+def test_what_is_left_goes_to_what_fits_the_largest_gain_first() -> None:
+    small = [Option(1, 5), Option(1.9, 4.5), Option(6, 0)]
+    steep = [Option(1, 10), Option(1.5, 0)]
+    large = [Option(1, 10), Option(4, 6), Option(5, 0)]
+    # after the bases and the steep step 3.95 are left, too little for either other step
+    assert allocate([small, steep, large], 3 + 0.5 + 3.95) == [1, 1, 1]
+    assert allocate([[Option(2, 1), Option(5, 0.6), Option(6, 0)]], 5) == [1]
+    assert allocate([], 1) == []
+
+
+def test_a_step_along_the_hull_comes_before_a_larger_gain() -> None:
+    steep = [Option(0, 10), Option(1, 4), Option(20, 3.9)]
+    long = [Option(0, 20), Option(9.5, 10)]
+    assert allocate([steep, long], 10) == [1, 0]
+    assert allocate([long, steep], 10) == [0, 1]

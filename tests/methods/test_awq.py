@@ -117,3 +117,42 @@ def test_leaves_the_weight_as_it_was() -> None:
     before = W.clone()
     awq(W, stats_of(x), quantize=rounded)
     assert torch.equal(W, before)
+
+
+def test_the_grid_of_the_paper_has_twenty_steps() -> None:
+    W, x = torch.randn(24, 64), uneven(200, 64)
+    found = [awq(W, stats_of(x), quantize=rounded, steps=steps) for steps in (20, 21)]
+    assert torch.equal(awq(W, stats_of(x), quantize=rounded), found[0])
+    assert not torch.equal(*found)
+
+
+def test_one_dead_channel_does_not_keep_the_others_from_a_scale() -> None:
+    W, x = torch.randn(24, 64), uneven(200, 64)
+    x[:, 1] = 0
+    assert awq(W, stats_of(x), quantize=rounded).unique().numel() > 2
+
+
+def test_the_least_scale_is_a_ten_thousandth_of_the_largest() -> None:
+    def loses_all_but_at_alpha_one(W: Tensor) -> Tensor:
+        return W if (W[0, 0] / W[0, 1]).item() > 1000 else 0 * W
+
+    c = awq(
+        torch.ones(1, 2),
+        stats_of(torch.tensor([[1.0, 1e-9]])),
+        quantize=loses_all_but_at_alpha_one,
+        steps=1,
+    )
+    assert (c[1] / c[0]).item() == pytest.approx(1e4, rel=2**-7)
+
+
+def test_every_step_of_the_grid_is_tried_once_and_none_behind_one() -> None:
+    tried: list[Tensor] = []
+
+    def watching(W: Tensor) -> Tensor:
+        tried.append(W)
+        return rounded(W)
+
+    W, x = torch.randn(4, 16), uneven(20, 16)
+    awq(W, stats_of(x), quantize=watching, steps=3)
+    assert len(tried) == 4
+    assert torch.equal(tried[0], W)

@@ -71,3 +71,11 @@ def test_a_weight_without_an_adapter_learns_its_scales() -> None:
     assert made.L is None and made.R is None
     ratio = made.weight.scale.float() / given.weight.scale.float()
     torch.testing.assert_close(ratio, torch.full_like(ratio, 2.71828), rtol=0.01, atol=0)
+
+
+def test_both_factors_are_learned_in_units_of_their_own() -> None:
+    given = parts(in_bfloat16)
+    small = given._replace(L=1e-6 * given.L, R=1e6 * given.R)
+    learned = learned_adapter(small, store=in_bfloat16)
+    for name in ("L", "R"):
+        assert learned.values[name].square().mean().sqrt().item() == pytest.approx(1, rel=1e-2)

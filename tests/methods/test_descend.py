@@ -123,3 +123,40 @@ def test_the_start_is_not_written_to() -> None:
         before = as_float(start).clone()
         descend(W, H, start, bits=4, pattern=HALF, sweeps=1)
         assert torch.equal(as_float(start), before)
+
+
+@pytest.mark.parametrize("pattern", [HALF, None])
+def test_a_zero_scale_gives_zero_codes_whatever_the_target(pattern: Pattern | None) -> None:
+    scale = torch.tensor([[0.0], [0.5]], dtype=torch.bfloat16)
+    start = Quantized(torch.zeros(2, 8, dtype=torch.int8), scale, 1)
+    W, H = 3 * torch.randn(2, 8), torch.eye(8)
+    found = descend(W, H, start, bits=4, pattern=pattern, sweeps=2)
+    assert isinstance(found, Quantized)
+    assert found.codes.any(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("group", "moves"), [(1, True), (8, True), (16, True), (10, False)])
+def test_the_mask_moves_where_four_weights_share_a_scale(group: int, moves: bool) -> None:
+    W, H, coded = problem(8, 40, HALF, group)
+    codes = coded.codes + (keep(W.abs(), HALF) & (coded.codes == 0))  # all kept are used
+    start = Quantized(codes.to(torch.int8), coded.scale, group)
+    better = descend(W, H, start, bits=4, pattern=HALF, sweeps=2)
+    assert bool(as_float(better)[codes == 0].any()) == moves
+
+
+@pytest.mark.parametrize(
+    ("H", "T", "codes", "share", "expected"),
+    [
+        ([1, 1, 4, 1], [0.9, 1.0, 0.2, 0.3], [0, 7, 0, 0], 0.5, [6, 7, 0, 0]),
+        ([1, 1, 100, 1], [0.9, 1.0, 0.2, 0.3], [0, 7, 0, 0], 0.5, [0, 7, 1, 0]),
+        ([1, 1, 1, 1], [5.0, 0.15, 0.0, 0.0], [0, 1, 0, 0], 0.75, [0, 1, 0, 0]),
+    ],
+)
+def test_a_place_goes_to_what_has_a_code_then_to_what_weighs_most(
+    H: list, T: list, codes: list, share: float, expected: list
+) -> None:
+    start = Quantized(torch.tensor([codes], dtype=torch.int8), torch.tensor([[1 / 7]]), 1)
+    how = {"bits": 4, "pattern": Unstructured(share), "sweeps": 1}
+    better = descend(torch.tensor([T]), torch.diag(torch.tensor(H).float()), start, **how)
+    assert isinstance(better, Quantized)
+    assert better.codes.tolist() == [expected]

@@ -197,3 +197,45 @@ def test_fast_repeats_itself_and_leaves_the_random_state_and_its_argument_alone(
     assert torch.equal(one, two)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(E, kept)
+
+
+@pytest.mark.parametrize(
+    ("n", "K", "rank", "pays"),
+    [(N, 40, 64, True), (N, 40, 1, True), (N, 40, 65, False), (N - 1, 600, 8, False)],
+)
+def test_lanczos_is_for_many_rows_and_an_eighth_of_them_at_most(
+    n: int, K: int, rank: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    monkeypatch.setattr(
+        eigenvectors, "_block_lanczos", lambda factors, rank, **how: tried.append(rank)
+    )
+    leading_eigenvectors(torch.randn(n, K), rank)
+    assert tried == ([rank] if pays else [])
+
+
+@pytest.mark.parametrize("reach", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(("share", "new"), [(0.5, True), (1e-3, False)])
+def test_noise_fills_only_what_has_nothing_new(reach: float, share: float, new: bool) -> None:
+    Q = torch.linalg.qr(torch.randn(60, 8)).Q
+    V = torch.randn(60, 4)
+    V = V - Q @ (Q.T @ V)
+    V = share * reach * torch.linalg.qr(V).Q
+    draw = torch.Generator().manual_seed(1)
+    before = draw.get_state()
+    found = eigenvectors._orthonormal(V, Q, torch.tensor(reach), draw)
+    assert torch.equal(draw.get_state(), before) == new
+    assert_orthonormal(torch.cat([Q, found], 1))
+    assert_orthonormal(torch.cat([Q, eigenvectors._orthonormal(0 * V, Q, 0 * V.max(), draw)], 1))
+
+
+def test_a_device_without_such_instructions_multiplies_no_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert eigenvectors._has_bfloat16(torch.device("cpu"))
+    assert not eigenvectors._has_bfloat16(torch.device("meta"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert eigenvectors._has_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert not eigenvectors._has_bfloat16(torch.device("cpu"))

@@ -1,8 +1,11 @@
 """Adapters against the full covariance: the optimum, and the order of the three compensations."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimfx.methods import COMPENSATORS
 from slimfx.methods.covariance import damped
@@ -81,3 +84,59 @@ def test_what_is_left_at_every_rank_is_what_the_adapters_leave(shape: tuple[int,
 def test_inputs_that_were_always_zero_leave_nothing() -> None:
     left = left_by_rank(torch.randn(6, 4), torch.zeros(4, 4), torch.ones(6))
     assert left.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize(("N", "K"), [(300, 10), (10, 300)])
+def test_the_eigenvectors_are_those_of_the_smaller_side(N: int, K: int) -> None:
+    E, H = torch.randn(N, K), torch.eye(K)
+    small = min(N, K)
+    for work in (lambda: low_rank_under(E, H, 2), lambda: left_by_rank(E, H, torch.ones(N))):
+        with Sizes() as sizes:
+            work()
+        assert set(sizes.seen) == {small}
+
+
+class Sizes(TorchDispatchMode):
+    """The sizes of the matrices whose eigenvectors were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten._linalg_eigh.default:
+            self.seen.append(args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_the_magnitude_of_the_error_does_not_matter(shape: tuple[int, int], unit: float) -> None:
+    E, H = torch.randn(shape), damped(watched(shape[1]).covariance)
+    ordinary, other = (low_rank_under(each, H, 3) for each in (E, unit * E))
+    expected = ordinary[1] @ ordinary[0]
+    torch.testing.assert_close(other[1] @ (other[0] / unit), expected, atol=1e-3, rtol=0)
+
+
+def test_a_large_part_of_one_sign_is_no_less_large() -> None:
+    E = -1e25 * torch.rand(6, 8)
+    E[0, 0] = 1.0
+    L, R = low_rank_under(E, torch.eye(8), 6)
+    torch.testing.assert_close(R @ L, E, rtol=1e-3, atol=1e22)
+
+
+def test_the_exact_eigenvectors_are_the_ones_unless_asked(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    seen: list[bool] = []
+    module = importlib.import_module("slimfx.methods.full_lora")
+    leading = module.leading_eigenvectors
+
+    def watching(*args, fast, **named):  # type: ignore[no-untyped-def]
+        seen.append(fast)
+        return leading(*args, fast=fast, **named)
+
+    monkeypatch.setattr(module, "leading_eigenvectors", watching)
+    stats = watched(8)
+    full_lora(torch.randn(6, 8), stats, rank=1)
+    low_rank_under(torch.randn(6, 8), stats.covariance, 1)
+    full_lora(torch.randn(6, 8), stats, rank=1, fast=True)
+    assert seen == [False, False, True]

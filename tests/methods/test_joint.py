@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimfx.methods.absmax import absmax
 from slimfx.methods.covariance import damped
+from slimfx.methods.descend import descend
 from slimfx.methods.full_lora import low_rank_under
 from slimfx.methods.joint import joint
 from slimfx.methods.masks import NofM, Pattern, Unstructured, keep
@@ -133,3 +134,56 @@ def test_edges_are_finite(weight: str, tokens: int) -> None:
     for coded in (True, False):
         parts = solved(W, damped(x.T @ x), rank=1, store=True, coded=coded)
         assert parts.dense().isfinite().all()
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 8])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_it_is_the_alternation_and_its_best_iterate(rank: int, rounds: int) -> None:
+    """Three quarters of the rounds solve Q afresh; two sweeps in the others, four in the end."""
+    W, x = torch.randn(24, 64), inputs(64, 500)
+    H = damped(x.T @ x / 500)
+    tried: list[tuple[Tensor, Quantized]] = []
+
+    def adapter(Q: Tensor) -> Tensor:
+        L, R = low_rank_under(W - Q, H, rank)
+        return R @ L if rank else torch.zeros_like(W)
+
+    def afresh(T: Tensor) -> Quantized:
+        return second_order(T, H, one_scale(T, HALF), group=1, bits=4, pattern=HALF)
+
+    def refined(T: Tensor, Q: Quantized, sweeps: int) -> Quantized:
+        return descend(T, H, Q, bits=4, pattern=HALF, sweeps=sweeps)
+
+    def left(each: tuple[Tensor, Quantized]) -> float:
+        return error(W, each[0] + as_float(each[1]), H)
+
+    nothing = torch.zeros_like(W)
+    for start in [nothing, adapter(nothing)] if rank else [nothing]:
+        Q = afresh(W - start)
+        tried.append((adapter(as_float(Q)), Q))
+    RL, Q = min(tried, key=left)
+    for done in range(1, rounds if rank else 1):
+        Q = afresh(W - RL) if done < 0.75 * rounds else refined(W - RL, Q, 2)
+        RL = adapter(as_float(Q))
+        tried.append((RL, Q))
+    tried.append((RL, refined(W - RL, Q, 4)))
+    found = solved(W, H, rank=rank, rounds=rounds)
+    assert error(W, found.dense(), H) == pytest.approx(min(map(left, tried)), rel=1e-6)
+
+
+def test_rounds_that_go_wrong_are_not_kept() -> None:
+    W, x = torch.randn(24, 64), inputs(64, 500)
+    H = damped(x.T @ x / 500)
+    fits = 0
+
+    def fit(E: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal fits
+        fits += 1
+        L, R = low_rank_under(E, H, 5)
+        return (L, R) if fits <= 4 else (0 * L, R)
+
+    scale_of = partial(one_scale, pattern=HALF)
+    how = {"group": 1, "bits": 4, "pattern": HALF}
+    found = joint(W, H, rank=5, rounds=6, scale_of=scale_of, fit=fit, **how)
+    assert fits == 8
+    assert error(W, found.dense(), H) < 0.9 * error(W, solved(W, H, rank=0).dense(), H)

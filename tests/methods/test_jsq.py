@@ -105,3 +105,11 @@ def test_leaves_its_arguments_as_they_were_and_needs_the_covariance() -> None:
     assert torch.equal(W, before)
     with pytest.raises(AssertionError, match="without the covariance"):
         jsq(W, add_tokens(empty_stats(8), torch.randn(9, 8)))
+
+
+def test_the_weight_of_the_range_is_the_authors() -> None:
+    x = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])  # covariance one
+    W, T = torch.ones(1, 2), 128 * 2048
+    z = torch.special.ndtri(torch.tensor((T - 0.375) / (T + 0.25), dtype=torch.float64)).item()
+    found = (jsq(W, stats_of(x)) - 1).flatten().tolist()
+    assert found == pytest.approx([2.1 * 2 * z / T**0.5] * 2, rel=5e-5)

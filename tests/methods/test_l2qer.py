@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slimfx.bench_solver import error_matrix
 from slimfx.methods.l2qer import l2qer
 from slimfx.methods.naive_lora import naive_lora
 from slimfx.methods.stats import Stats, add_tokens, empty_stats
@@ -99,3 +100,17 @@ def test_a_zero_error_needs_a_zero_adapter() -> None:
     for N, K in SHAPES:
         L, R = l2qer(torch.zeros(N, K), correlated(K), rank=2)
         assert not (R @ L).any()
+
+
+@pytest.mark.parametrize("unit", [1e-22, 1e22])
+def test_squares_of_the_weights_may_be_out_of_range(unit: float) -> None:
+    E, x = torch.randn(12, 20), unit * (torch.rand(50, 20) + 0.1)
+    L, R = l2qer(unit * E, add_tokens(empty_stats(20), x), rank=12)
+    torch.testing.assert_close(R @ (L / unit), E, rtol=0, atol=1e-3)
+
+
+def test_the_eigenvectors_are_exact_unless_they_may_be_fast() -> None:
+    E, stats = error_matrix(512, 0), add_tokens(empty_stats(512), torch.ones(1, 512))
+    exact, fast = (l2qer(E, stats, rank=20, fast=fast)[1] for fast in (False, True))
+    assert torch.equal(l2qer(E, stats, rank=20)[1], exact)
+    assert not torch.equal(fast, exact)

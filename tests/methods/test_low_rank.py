@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimfx.bench_solver import error_matrix
-from slimfx.methods.low_rank import low_rank
+from slimfx.methods.low_rank import low_rank, low_rank_weighed
 
 SHAPES = [(12, 40), (40, 12), (24, 24)]
 
@@ -147,3 +147,25 @@ def test_fast_gives_zero_factors_for_a_zero_matrix() -> None:
     L, R = low_rank(torch.zeros(512, 520), 20, fast=True)
     assert R.isfinite().all()
     assert not L.any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_values_of_one_sign_take_any_magnitude(sign: int, factor: float) -> None:
+    E = sign * factor * (1 + torch.rand(12, 20))
+    assert residual(E, 5) <= optimum(E, 5) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_weighed_it_is_the_svd_of_the_weighed_matrix(N: int, K: int) -> None:
+    E, weights = torch.randn(N, K), torch.rand(K) + 0.1
+    least = torch.linalg.svdvals(E.double() * weights)[4:].norm().item()
+    L, R = low_rank_weighed(E, weights, 4)
+    assert ((E - R @ L) * weights).norm().item() == pytest.approx(least, rel=1e-4)
+
+
+def test_weighed_it_is_exact_unless_it_may_be_fast() -> None:
+    E, weights = error_matrix(512, 0), torch.ones(512)
+    exact, fast = (low_rank_weighed(E, weights, 20, fast=fast)[1] for fast in (False, True))
+    assert torch.equal(low_rank_weighed(E, weights, 20)[1], exact)
+    assert not torch.equal(fast, exact)

@@ -62,3 +62,34 @@ def test_an_error_of_lower_rank_stays_finite(error: str, tokens: int) -> None:
     assert as_float(R).isfinite().all()
     H = damped(watched(32, tokens).covariance)
     assert under(E - as_float(R) @ as_float(L), H) <= under(E, H)
+
+
+def test_it_is_two_rounds_of_the_two_closed_forms() -> None:
+    E, stats = torch.randn(24, 40), watched(40)
+    H = damped(stats.covariance)
+    tried = [tuple(as_float(rounded(part)) for part in low_rank_under(E, H, 6))]
+    for _ in range(2):
+        R = tried[-1][1]
+        L = as_float(rounded(torch.linalg.lstsq(R, E).solution))
+        gram = L @ H @ L.T
+        tried.append((L, as_float(rounded(torch.linalg.solve(gram, L @ H @ E.T).T))))
+    best = min(under(E - R @ L, H) for L, R in tried)
+    L, R = (as_float(part) for part in lplr(E, stats, rank=6, store=rounded))
+    assert under(E - R @ L, H) == pytest.approx(best, rel=1e-3)
+    assert under(E - tried[0][1] @ tried[0][0], H) > best
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_best_round_is_the_one_that_is_kept(best: int, sign: int) -> None:
+    """Whatever is stored in the other rounds is worse: each is spoiled by so much."""
+    E, stats = sign * torch.randn(24, 40), watched(40)
+    stored: list[Tensor] = []
+
+    def spoiling(matrix: Tensor) -> Tensor:
+        stored.append(matrix if len(stored) // 2 == best else 0.1 * matrix)
+        return stored[-1]
+
+    L, R = lplr(E, stats, rank=6, store=spoiling)
+    assert len(stored) == 6
+    assert L is stored[2 * best] and R is stored[2 * best + 1]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slimfx.bench_solver import error_matrix
 from slimfx.methods.naive_lora import naive_lora
 from slimfx.methods.qera_diagonal import qera_diagonal
 from slimfx.methods.stats import Stats, add_tokens, empty_stats
@@ -99,3 +100,10 @@ def test_a_zero_error_needs_a_zero_adapter() -> None:
     for N, K in SHAPES:
         L, R = qera_diagonal(torch.zeros(N, K), correlated(K), rank=2)
         assert not (R @ L).any()
+
+
+def test_the_eigenvectors_are_exact_unless_they_may_be_fast() -> None:
+    E, stats = error_matrix(512, 0), add_tokens(empty_stats(512), torch.ones(1, 512))
+    exact, fast = (qera_diagonal(E, stats, rank=20, fast=fast)[1] for fast in (False, True))
+    assert torch.equal(qera_diagonal(E, stats, rank=20)[1], exact)
+    assert not torch.equal(fast, exact)

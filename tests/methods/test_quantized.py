@@ -4,9 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slimfx.runtime.pack import CODE_BITS
 from torch import Tensor
 
-from slimfx.methods.quantized import Parts, Quantized, as_float, largest_code, quantize, spread
+from slimfx.methods.quantized import (
+    BITS,
+    Parts,
+    Quantized,
+    as_float,
+    largest_code,
+    quantize,
+    spread,
+)
 
 
 def dense(codes: Tensor, scale: Tensor, group: int) -> Tensor:
@@ -104,3 +113,13 @@ def test_parts_add_up_to_the_weight_and_the_product_of_the_adapter() -> None:
     torch.testing.assert_close(Parts(weight, L, R).dense(), weight + R @ L)
     torch.testing.assert_close(Parts(weight, coded, R).dense(), weight + R @ coded.dense())
     assert torch.equal(Parts(weight, None, None).dense(), weight)
+
+
+def test_half_an_adapter_is_none() -> None:
+    W = torch.randn(2, 3)
+    assert torch.equal(Parts(W, torch.ones(1, 3), None).dense(), W)
+    assert torch.equal(Parts(W, None, torch.ones(2, 1)).dense(), W)
+
+
+def test_the_widths_are_those_that_the_layouts_store() -> None:
+    assert BITS == CODE_BITS

@@ -153,3 +153,11 @@ def test_the_weight_is_not_written_to() -> None:
     for scale in (torch.ones(1, 1), None):
         second_order(W, torch.eye(8), scale, group=1, bits=4, pattern=NofM(2, 4))
     assert torch.equal(W, before)
+
+
+def test_a_zero_scale_gives_zero_codes_whatever_the_weight() -> None:
+    W, H = 3 * torch.randn(3, 8), covariance(50, 8)
+    scale = torch.tensor([[0.0], [0.5], [0.0]], dtype=torch.bfloat16)
+    found = second_order(W, H, scale, group=1, bits=4, pattern=None)
+    assert isinstance(found, Quantized)
+    assert found.codes.any(1).tolist() == [False, True, False]

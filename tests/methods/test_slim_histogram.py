@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimfx.methods.absmax import absmax
 from slimfx.methods.quantized import quantize
-from slimfx.methods.slim_histogram import slim_histogram
+from slimfx.methods.slim_histogram import _coarse, slim_histogram
 from slimfx.methods.slim_quant import slim_quant
 
 
@@ -117,3 +117,18 @@ def test_leaves_the_weight_as_it_was() -> None:
     before = W.clone()
     fit(W)
     assert torch.equal(W, before)
+
+
+def test_the_first_stage_is_octaves_and_tenths() -> None:
+    tenths = [50, 101, 152, 203, 254, 305, 356, 407, 458, 509]
+    assert _coarse(512) == [0, 2, 5, 11, 24, *tenths, 511]
+
+
+def test_the_best_bin_may_be_the_last_of_all() -> None:
+    assert fit(torch.ones(8, 8), bits=2).item() == 1.0  # 511.5 / 512 in bfloat16
+
+
+def test_the_best_bin_may_be_the_second_of_all() -> None:
+    W = torch.ones(1000, 1000)
+    W[0, 0] = 600.0  # in a thousand bins the others lie between 0.6 and 1.2
+    assert fit(W, bits=2).item() == pytest.approx(0.9, rel=2**-8)

@@ -13,7 +13,7 @@ from torch import Tensor
 from slimfx.methods.absmax import absmax
 from slimfx.methods.quantized import quantize
 from slimfx.methods.slim_histogram import slim_histogram
-from slimfx.methods.slim_quant import slim_quant
+from slimfx.methods.slim_quant import _candidates, slim_quant
 
 
 def fit(W: Tensor, method=slim_quant, bits: int = 4) -> Tensor:  # type: ignore[no-untyped-def]
@@ -205,3 +205,13 @@ def test_leaves_the_weight_as_it_was() -> None:
     before = W.clone()
     fit(W)
     assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("peak", [1.0, 3.3, 2.0**-126, 1e-34, 3e38])
+def test_the_candidates_are_the_bfloat16_numbers_up_to_the_peak(peak: float, bits: int) -> None:
+    found = _candidates(peak, bits)
+    last = torch.tensor(peak, dtype=torch.bfloat16)
+    least = max(last.item() * 2.0 ** -(17 + bits - 1), 2.0**-127)  # no subnormal ones
+    every = torch.arange(128, 0x7F80, dtype=torch.int16).view(torch.bfloat16).double()
+    assert torch.equal(found, every[(every > least) & (every <= last.item())])

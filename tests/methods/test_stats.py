@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge
+from slimfx.methods.stats import Stats, add_tokens, empty_stats, merge, unreached_stats
 
 PARTS = ("abs_sum", "square_sum", "peak", "value_sum")
 
@@ -132,3 +132,44 @@ def test_the_covariance_is_the_mean_of_the_outer_products() -> None:
         stats = add_tokens(stats, part)
     expected = sum(torch.outer(row, row) for row in x.double()) / 40
     torch.testing.assert_close(stats.covariance.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_centred_the_covariance_is_about_the_mean() -> None:
+    x = torch.randn(50, 6) + torch.arange(6.0)
+    stats = add_tokens(empty_stats(6, covariance=True), x)
+    expected = torch.cov(x.double().T, correction=0).float()
+    torch.testing.assert_close(stats.centred().covariance, expected, rtol=1e-4, atol=1e-4)
+    without = add_tokens(empty_stats(6), x)
+    assert without.product_sum is None
+    assert without.centred() is without
+    nothing = empty_stats(6, covariance=True).centred().covariance
+    assert torch.equal(nothing, torch.zeros(6, 6))
+
+
+def test_one_token_has_itself_for_a_covariance() -> None:
+    x = torch.tensor([[1.0, 2.0]])
+    stats = add_tokens(empty_stats(2, covariance=True), x)
+    assert torch.equal(stats.covariance, x.T @ x)
+    assert not stats.centred().covariance.any()
+
+
+def test_an_input_that_was_not_reached_matters_in_every_channel_alike() -> None:
+    stats = unreached_stats(empty_stats(3, covariance=True))
+    assert stats.tokens == 0
+    assert torch.equal(stats.covariance, torch.eye(3))
+    assert stats.rms.tolist() == stats.mean_abs.tolist() == [1, 1, 1]
+    assert unreached_stats(empty_stats(3)).product_sum is None
+
+
+def test_taken_together_is_as_if_all_tokens_had_been_added() -> None:
+    x, y = torch.randn(5, 4), torch.randn(3, 4)
+    for covariance in (True, False):
+        start = empty_stats(4, covariance=covariance)
+        both = merge(add_tokens(start, x), add_tokens(start, y))
+        whole = add_tokens(add_tokens(start, x), y)
+        for name, found in vars(both).items():
+            torch.testing.assert_close(found, vars(whole)[name])
+    mixed = merge(add_tokens(empty_stats(4, covariance=True), x), add_tokens(empty_stats(4), y))
+    assert mixed.product_sum is None
+    mixed = merge(add_tokens(empty_stats(4), y), add_tokens(empty_stats(4, covariance=True), x))
+    assert mixed.product_sum is None

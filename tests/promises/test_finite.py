@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import slimfx
 from slimfx.errors import SlimError
+from slimfx.methods import COMPENSATORS
+from slimfx.methods.stats import Stats
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": lambda w: 0 * w,
@@ -40,8 +42,8 @@ def outcome(recipe: str, weight: Tensor, x: Tensor) -> str:
     try:
         small = slimfx.compress(program, recipe, [x])
     except SlimError as error:
-        assert "0" in str(error)  # the layer's name
-        return "refused"
+        assert str(error).startswith("0: ")  # the layer's name
+        return f"refused: {error}"
     stored = [t.float() for t in small.state_dict.values() if t.is_floating_point()]
     assert all(t.isfinite().all() for t in stored)
     return "finite"
@@ -51,10 +53,20 @@ def outcome(recipe: str, weight: Tensor, x: Tensor) -> str:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_finite_for_any_weight(name: str, recipe: str) -> None:
     found = outcome(recipe, WEIGHTS[name](normal(1, 12, 16)), normal(2, 64, 16))
-    assert found == ("refused" if name in ("inf", "nan") else "finite")
+    refused = "refused: 0: 16 of 192 weights are NaN or infinite"
+    assert found.startswith(refused if name in ("inf", "nan") else "finite")
 
 
 @pytest.mark.parametrize("recipe", ["slim", "slim-q", "joint-q", "sparsegpt"])
 @pytest.mark.parametrize("name", INPUTS)
 def test_finite_for_any_input(name: str, recipe: str) -> None:
     outcome(recipe, normal(1, 12, 16), INPUTS[name](normal(2, 64, 16)))
+
+
+def test_a_solution_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone_wrong(error: Tensor, stats: Stats, *, rank: int, fast: bool) -> tuple[Tensor, Tensor]:
+        return torch.full((rank, 16), torch.nan), torch.ones(12, rank)
+
+    monkeypatch.setitem(COMPENSATORS, "slim-lora", gone_wrong)
+    found = outcome("slim", normal(1, 12, 16), normal(2, 64, 16))
+    assert found.startswith("refused: 0: the solution is not finite")

@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from slimfx.runtime.pack import (
     FLOAT_BITS,
     Layout,
+    Packed24,
+    PackedBitmask,
+    PackedDense,
+    ascending,
     fits_24,
     pack_24,
     pack_bitmask,
     pack_bits,
     pack_codes,
+    row_count,
+    stored_values,
     unpack_24,
     unpack_bitmask,
     unpack_bits,
@@ -362,3 +368,29 @@ def test_no_mask_that_is_said_to_fit_leaves_more_than_two_in_a_four(n: int, m: i
 @pytest.mark.parametrize(("n", "m"), SMALL)
 def test_every_sparsity_whose_masks_all_leave_two_in_a_four_is_said_to_fit(n: int, m: int) -> None:
     assert fits_24(n, m) or most_in_a_four(n, m) > 2
+
+
+def test_indices_ascend_as_packed_and_not_once_one_group_is_turned() -> None:
+    _, indices = pack_24(torch.tensor([[0, 1, 0, 1] * 3] * 3, dtype=torch.int8), 4)
+    assert ascending(indices, 12)
+    for row, byte, group in ((0, 0, 0), (2, 0, 1), (1, 1, 0)):
+        for turned in (1 | 1 << 2, 3 | 1 << 2):  # equal, descending
+            changed = indices.clone()
+            changed[row, byte] &= 0xFF ^ (15 << 4 * group)
+            changed[row, byte] |= turned << 4 * group
+            assert not ascending(changed, 12)
+    padded = indices.clone()
+    padded[:, 1] |= 5 << 4  # behind the width, where no weight is
+    assert ascending(padded, 12)
+
+
+def test_the_rows_of_a_matrix_are_counted_in_any_layout() -> None:
+    W, scale = torch.eye(3, 8, dtype=torch.int8), torch.ones(1, 1, dtype=torch.bfloat16)
+    assert row_count(W) == 3
+    for matrix in (
+        PackedDense(pack_codes(W, 4), scale, 4, 8),
+        Packed24(*pack_24(W, 4), scale, 4, 8),
+        PackedBitmask(*pack_bitmask(W, W != 0, 4), scale, 4, 8),
+    ):
+        assert row_count(matrix) == 3
+        assert torch.equal(stored_values(matrix, 8), W)
