@@ -192,8 +192,9 @@ def run_batch(
     """`run` on a batch; random operations draw the same whenever it goes through the block, and
     in whatever process.
     """
-    torch.manual_seed(zlib.crc32(f"{block.nodes[0].name} {number}".encode()))
-    return run(walk, block, walk.batches[number], keep, watch)
+    with torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(f"{block.nodes[0].name} {number}".encode()))
+        return run(walk, block, walk.batches[number], keep, watch)
 
 
 def run(

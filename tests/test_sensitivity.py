@@ -34,7 +34,7 @@ def covariances(program: ExportedProgram, batches: list[dict[str, Tensor]]) -> d
         names = frozenset(site.name for site in block.sites)
         stats = calibrate.observe(walk, block, watched, names) if watched else {}
         found |= {name: each.covariance for name, each in stats.items()}
-        walk = replace(walk, batches=list(calibrate.advance(walk, block, {})))
+        walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
     return found
 
 

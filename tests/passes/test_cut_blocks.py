@@ -53,9 +53,9 @@ def test_walking_block_by_block_gives_the_output_of_the_whole(kind: str) -> None
     program, inputs = captured(kind), case(kind).inputs
     walk = calibrate.start(program, [inputs])
     for block in cut(program):
-        walk = replace(walk, batches=list(calibrate.advance(walk, block, {})))
+        walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
     [output] = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    [values] = walk.batches
+    [values] = walk.batches.values()
     assert bits(values[output]) == bits(program.module()(**inputs))
     torch.testing.assert_close(
         values[output], answer(case(kind).model, inputs), rtol=1e-5, atol=1e-5
