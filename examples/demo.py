@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48, help="windows of 512 tokens each")
     parser.add_argument("--output", type=Path, default=Path("demo-artifacts"))
     args = parser.parse_args()
-    for name in ("torchao", "torch.utils._pytree"):  # what transformers imports where it is there
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for logger in ("torchao", "torch.utils._pytree"):  # what transformers imports where it is there
+        logging.getLogger(logger).setLevel(logging.ERROR)
     args.output.mkdir(parents=True, exist_ok=True)
 
     dense = slimfx.capture(HERE / "demo_lm")
