@@ -94,11 +94,10 @@ def compress(
     tell = progress or (lambda share, what: None)
 
     found: Layers = {}
-    with torch.random.fork_rng():  # a program exported in training mode may draw
-        halved = recipe.calibration.activations == "bfloat16"
-        walk = calibrate.start(program, batches, ranks, halved=halved)
-        for finished_layers in _blocks(job, walk, tell):
-            found |= finished_layers
+    halved = recipe.calibration.activations == "bfloat16"
+    walk = calibrate.start(program, batches, ranks, halved=halved)
+    for finished_layers in _blocks(job, walk, tell):
+        found |= finished_layers
     packed = {name: linear for name, (linear, _) in found.items()}
     reports = [report for _, report in found.values()]
     compressed = replace_linears(program, sites, packed)
