@@ -26,6 +26,16 @@ def said(name: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
+def test_the_demo_says_what_each_preset_costs(tmp_path: Path) -> None:
+    line = [sys.executable, EXAMPLES / "demo.py", "--windows", "2", "--output", tmp_path / "made"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = ["magnitude", "wanda", "naive-lora", "slim", "slim-q"]
+    rows = re.findall(r"^│ ([a-z-]+) +│", done.stdout, re.MULTILINE)
+    assert [name for name in rows if name != "dense"] == [*both, "joint-q", *both]
+
+
 def test_the_decoder_goes_on(tmp_path: Path) -> None:
     text = said("decoder", tmp_path)
     assert "The function returns" in text
