@@ -23,9 +23,9 @@ _CAPTURED = 160_000_000
 _SOLVING = 28
 """Bytes a weight that a solver works in: seven float32 matrices, as measured on SLiM's steps."""
 _PACKING = 12
-"""Bytes a weight that packing a layer works in."""
+"""Bytes a weight that packing a layer works in: a position of eight bytes and a value, about."""
 _COVARIANCES = 5
-"""Matrices [K, K] in float32 that a solver makes of a covariance."""
+"""Matrices [K, K] in float32 that a solver makes of a covariance, about; not measured."""
 
 
 @dataclass(frozen=True)

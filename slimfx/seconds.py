@@ -56,7 +56,7 @@ def predict(
     program: ExportedProgram, recipe: Recipe | str = "joint", processes: int = 1
 ) -> Seconds:
     """The seconds `compress` will take with so many processes, each with this one's threads and
-    a processor for every thread. Tuning is not counted.
+    a processor for every thread: an estimate, which measured a third low. Tuning is not counted.
 
     Raises:
         PlanError: as `plan`.
