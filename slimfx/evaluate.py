@@ -57,6 +57,7 @@ def evaluate(
 
     Raises:
         CalibrationError: too little text, or no tokenizer.
+        SlimError: perplexity of a program that does not answer with logits.
     """
     if source is None:
         source = data.python_documents()[1]
@@ -85,13 +86,24 @@ def _perplexity(
     total, count, done = 0.0, 0, 0
     for batch in windows.split(rows):
         args, kwargs = call_arguments(program, text_batch(program, batch))
-        logits = module(*args, **kwargs)[: len(batch), :-1]
+        logits = _logits(module(*args, **kwargs), int(stream.max()))[: len(batch), :-1]
         loss = cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
         total += loss.item()
         count += batch[:, 1:].numel()
         done += len(batch)
         tell(done / len(windows), "perplexity")
     return Quality("perplexity", math.exp(total / count), len(windows), count)
+
+
+def _logits(output: Any, last: int) -> Tensor:
+    """The output, if it can be logits [batch, tokens, V] over tokens up to `last`."""
+    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(output, Tensor) or output.dim() != 3 or output.shape[2] <= last:
+        raise SlimError(
+            f"perplexity needs logits [batch, tokens, V] over the text's tokens 0 to {last}; the "
+            f"program answers with {shape}. For an encoder give the dense model (dense=, --dense)"
+        )
+    return output
 
 
 @torch.no_grad()

@@ -176,6 +176,11 @@ def test_progress_rises_to_one(metric: str) -> None:
     assert {what for _, what in told} == {metric}
 
 
+def test_perplexity_of_an_encoder_asks_for_the_dense_model() -> None:
+    with pytest.raises(SlimError, match=r"needs logits .* answers with \[.*dense="):
+        slimfx.evaluate(captured("bert"), ids(1, 60), length=20)
+
+
 def test_evaluating_changes_neither_program_nor_random_state() -> None:
     program, state = captured("llama"), torch.get_rng_state()
     graph = str(program.graph)
