@@ -61,8 +61,8 @@ def test_perplexity_of_the_demo_model_on_english_is_that_of_the_loop() -> None:
 def test_compression_costs_little_of_it() -> None:
     stream = data.token_stream(demo_lm(), data.python_documents()[1][:2])[: 6 * 64]
     before = slimfx.evaluate(demo_lm(), stream, length=64).value
-    after = slimfx.evaluate(compressed_demo_lm("slim"), stream, length=64).value
-    assert before < after < 2 * before  # seen: 49 and 62 or so
+    after = slimfx.evaluate(compressed_demo_lm("joint"), stream, length=64).value
+    assert before < after < 2 * before  # seen: 24 and 39
 
 
 def test_samples_and_length_limit_the_windows() -> None:
