@@ -158,7 +158,11 @@ def _draw(rows: list[bench_methods.Row], path: Path) -> None:
             axes.annotate(row.method, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set_xlabel("bits a weight, scales and adapters included")
     axes.set_ylabel(dense.metric)
-    axes.grid(alpha=0.3)
+    if dense.metric == "perplexity":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     with atomic(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
