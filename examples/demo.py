@@ -46,9 +46,9 @@ def main() -> None:
     }
     compare("demo_lm", dense, PRESETS, args.calibration, measures, args.output)
 
-    console.print("\nFrom slim.pt2, in a process that knows only torch:")
+    console.print("\nFrom joint-q.pt2, in a process that knows only torch:")
     script = HERE / "generate_with_torch.py"
-    artifact = args.output / "demo_lm-slim.pt2"
+    artifact = args.output / "demo_lm-joint-q.pt2"
     prompt = "The function returns"
     subprocess.run([sys.executable, str(script), str(artifact), prompt], check=True)
 
