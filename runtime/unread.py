@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +157,10 @@ def give_back() -> None:
 
 def give_back_at_once() -> None:
     """Let this process return every tensor above 4 MiB to the system as soon as it is freed; glibc
-    else keeps up to 32 MiB each for later, in pieces that fit no other.
+    else keeps up to 32 MiB each for later, in pieces that fit no other. Called before the first
+    tensor is made, it lets torch take them in large pages, which the system hands out faster.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, by the first tensor
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 1 << 22)

@@ -37,7 +37,7 @@ _LEVELS = {"ort int4": 1, "ort int4 a8": 4}
 GROUP = 128
 _CHUNK = 1024
 """Rows that are packed at a time, to bound memory."""
-_PAIRS = torch.tensor(sorted(set(itertools.permutations([1, 1, 0, 0]))), dtype=torch.int8)
+_PAIRS = sorted(set(itertools.permutations([1, 1, 0, 0])))
 """The six ways to keep two of four."""
 
 
@@ -273,8 +273,8 @@ def _stored(
 
 def _two_four(N: int, K: int, draw: torch.Generator) -> tuple[PackedMatrix, Tensor]:
     """2:4 codes [N, K] with one scale, packed and dense."""
-    kept = _PAIRS[torch.randint(len(_PAIRS), (N, K // 4), generator=draw)].flatten(1)
-    codes = _codes(N, K, draw) * kept
+    pairs = torch.tensor(_PAIRS, dtype=torch.int8)
+    codes = _codes(N, K, draw) * pairs[torch.randint(6, (N, K // 4), generator=draw)].flatten(1)
     scale = torch.full((1, 1), 1 / 64).bfloat16()
     return Packed24(*pack_24(codes, 4), scale, 4, K), codes.float() * scale.float()
 

@@ -1,22 +1,26 @@
 """How long a compression will take on this machine, from short measurements of its parts.
 
 Each kind of layer is solved at two small sizes of its own proportions, and the time goes on as a
-power of the size; matrix products and checksums are timed. Threads are those of this process.
+power of the size; matrix products, reading and saving are timed. Threads are those of this process.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import safetensors.torch
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
+from slimfx.journal import digest
 from slimfx.memory import batch_sizes
 from slimfx.methods.stats import add_tokens, empty_stats
 from slimfx.pack_solution import pack_solution
@@ -24,13 +28,18 @@ from slimfx.passes.find_linears import Site, find_linears
 from slimfx.plan import Plan, plan
 from slimfx.ranks import shares
 from slimfx.recipe import Recipe
+from slimfx.runtime.targets.pt2 import save
+from slimfx.runtime.unread import places, read, unread
 from slimfx.solve import solve
 from slimfx.steps import LayerRecipe
 
 _MEASURED = 2**22
 """Weights of the larger of the two layers that are solved; the smaller has a quarter."""
 _TOKENS = 512
-_HASHED = 2**25
+_SAVED = 2**23
+"""Weights of a program that is saved, and of a file that is read."""
+_NODES = 200
+"""Of another program that is saved, for what a file takes beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,13 @@ class Seconds:
     """What a compression spends its time on."""
 
     read: float
-    """Weights read for their checksum, and again block by block."""
+    """Weights read for their checksum, and again block by block; the system has them cached."""
     calibrate: float
     """Batches through each block twice, and the statistics of its inputs."""
     solve: float
     """Layers solved and packed."""
     write: float
-    """Blocks to the journal, then the file."""
+    """The file, written and loaded again."""
 
     @property
     def total(self) -> float:
@@ -55,8 +64,8 @@ class Seconds:
 def predict(
     program: ExportedProgram, recipe: Recipe | str = "joint", processes: int = 1
 ) -> Seconds:
-    """The seconds `compress` will take with so many processes, each with this one's threads and
-    a processor for every thread: an estimate, which measured a third low. Tuning is not counted.
+    """The seconds `slimfx compress` will take behind the capture with so many processes, each with
+    this one's threads and a processor for every thread. Tuning is not counted, nor is the text.
 
     Raises:
         PlanError: as `plan`.
@@ -65,13 +74,12 @@ def predict(
     planned = plan(program, recipe)
     sites = {row.name: site for row, site in zip(planned.rows, find_linears(program), strict=True)}
     chosen = [sites[row.name] for row in planned.rows if not row.skipped]
-    rate = _bytes_a_second()
     solving = _solving(chosen, recipe, processes)
     return Seconds(
-        read=2 * planned.bytes_before / rate,
+        read=planned.bytes_before * _reading(),
         calibrate=_flops(program, planned, chosen, recipe, processes) / _flops_a_second(),
         solve=solving,
-        write=2 * planned.bytes_after / rate,
+        write=_saving(planned.bytes_after, len(program.graph.nodes)),
     )
 
 
@@ -93,9 +101,9 @@ def _of_layer(how: LayerRecipe, N: int, K: int) -> float:
     large = _scaled(N, K, math.sqrt(_MEASURED / (N * K)))
     small = _scaled(N, K, math.sqrt(_MEASURED / 4 / (N * K)))
     first, last = _measured(how, *small), _measured(how, *large)
-    sizes = [math.prod(small), math.prod(large), N * K]
+    sizes = [math.prod(small), math.prod(large), N * K]  # no solver is worse than cubic in K
     power = math.log(last / first) / math.log(sizes[1] / sizes[0])
-    return last * (sizes[2] / sizes[1]) ** max(power, 1.0)
+    return last * (sizes[2] / sizes[1]) ** min(max(power, 1.0), 1.5)
 
 
 def _scaled(N: int, K: int, factor: float) -> tuple[int, int]:
@@ -138,15 +146,32 @@ def _flops_a_second() -> float:
     return 2 * _TOKENS * W.numel() / _median(lambda: x @ W.T)
 
 
-def _bytes_a_second() -> float:
-    data = bytes(_HASHED)
-    return _HASHED / _median(lambda: hashlib.sha256(data).digest())
+def _reading() -> float:
+    """Seconds a byte to read a weight for its checksum, and once more."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weight.safetensors"
+        safetensors.torch.save_file({"weight": torch.ones(_SAVED)}, path)
+        [place] = places(path).values()
+        weight = unread(place, place.dtype)
+        return _median(lambda: (digest({"weight": weight}), read(weight))) / weight.nbytes
+
+
+def _saving(size: int, nodes: int) -> float:
+    """Seconds to save a program of so many bytes and nodes: so many times those of small ones."""
+    heavy = nn.Linear(1024, _SAVED // 1024)
+    long = nn.Sequential(*[nn.ReLU() for _ in range(_NODES)])
+    with tempfile.TemporaryDirectory() as folder:
+        took = []
+        for module in (heavy, long):
+            program = torch.export.export(module, (torch.ones(1, 1024),))
+            took.append(_median(lambda each=program: save(each, Path(folder) / "program.pt2")))  # type: ignore[misc]
+    return size / (4 * _SAVED) * took[0] + nodes / _NODES * took[1]
 
 
 def _median(work: Callable[[], object]) -> float:
-    """Seconds: of three runs after a first one, or of fewer that take half a second."""
+    """Seconds: of three runs after a first one, or of fewer that take two seconds."""
     found: list[float] = []
-    while len(found) < 4 and sum(found) < 0.5:
+    while len(found) < 4 and sum(found) < 2.0:
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)

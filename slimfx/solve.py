@@ -29,7 +29,7 @@ from slimfx.methods.quantized import Parts, Quantized, as_float, largest_code, q
 from slimfx.methods.salient_channels import salient_channels
 from slimfx.methods.second_order import second_order
 from slimfx.methods.smoothquant import smoothquant
-from slimfx.methods.spectrum import spectrum
+from slimfx.methods.spectrum import energy, spectrum
 from slimfx.methods.stats import Stats
 from slimfx.steps import Adapter, LayerRecipe, Quantize
 
@@ -174,26 +174,27 @@ def _measured(
     notes: tuple[str, ...],
 ) -> Solution:
     """The solution with its figures, if it is finite."""
-    left = W - parts.dense()
+    before, left = W - as_float(parts.weight), W - parts.dense()
     if not left.isfinite().all():
         raise SolveError(
             f"{name}: the solution is not finite (largest |weight| {W.abs().max():.3g}, largest "
             f"input {stats.peak.max():.3g}); add the layer to skip"
         )
-    how = recipe.quantize
+    how, signal = recipe.quantize, energy(W, stats.rms)
+    noise = energy(before, stats.rms)
     return Solution(
         weight=parts.weight,
         L=parts.L,
         R=parts.R,
         input_scale=None if c is None else c.to(torch.bfloat16),
         bias_shift=shift,
-        snr=_decibels(W, left, stats),
-        snr_without_adapter=_decibels(W, W - as_float(parts.weight), stats),
+        snr=_decibels(signal, energy(left, stats.rms)),
+        snr_without_adapter=_decibels(signal, noise),
         clipped=_clipped(W, parts.weight, how.bits) if how else 0.0,
         notes=notes,
         spectrum=()
         if parts.L is None or parts.R is None
-        else spectrum(W - as_float(parts.weight), as_float(parts.L), as_float(parts.R), stats.rms),
+        else spectrum(noise, as_float(parts.L), as_float(parts.R), stats.rms),
     )
 
 
@@ -377,11 +378,8 @@ def _store(matrix: Tensor, how: Adapter) -> Stored:
     return matrix.to(torch.bfloat16 if how.bits == 16 else torch.float32).contiguous()
 
 
-def _decibels(W: Tensor, error: Tensor, stats: Stats) -> float:
+def _decibels(signal: float, noise: float) -> float:
     """10 log10 of E||W x||^2 / E||error x||^2 for inputs with the measured rms."""
-    rms = stats.rms.double()
-    noise = (error.double() * rms).square().sum().item()
-    signal = (W.double() * rms).square().sum().item()
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
 
 

@@ -1,6 +1,7 @@
 """`import slimfx` is light, silent and offline."""
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -55,3 +56,14 @@ def test_importing_slimfx_opens_no_connection(fresh: dict[str, Any]) -> None:
 
 def test_every_public_name_is_there(fresh: dict[str, Any]) -> None:
     assert fresh["missing"] == []
+
+
+def test_the_command_makes_no_tensor_before_it_asks_for_large_pages() -> None:
+    script = (
+        "import torch, slimfx.cli as cli; cli.give_back_at_once(); "
+        "print(torch.empty(1 << 22).data_ptr() % 4096)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout == "0\n"  # else 64, behind what malloc notes of a piece

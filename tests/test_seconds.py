@@ -38,7 +38,7 @@ def test_a_large_layer_goes_on_as_its_small_ones_grow(monkeypatch: pytest.Monkey
 def test_more_processes_share_batches_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seconds, "_measured", lambda how, N, K: 1.0)
     monkeypatch.setattr(seconds, "_flops_a_second", lambda: 1e6)
-    monkeypatch.setattr(seconds, "_bytes_a_second", lambda: 1e6)
+    monkeypatch.setattr(seconds, "_reading", lambda: 1e-6)
     how = dataclasses.replace(HOW, calibration=Calibration(samples=8, length=64, batch=2))
     one, two, many = (seconds.predict(captured("llama"), how, n) for n in (1, 2, 100))
     assert one.solve == 14

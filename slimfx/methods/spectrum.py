@@ -14,11 +14,16 @@ SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """Of the rank, at which the sum is taken."""
 
 
-def spectrum(error: Tensor, L: Tensor, R: Tensor, rms: Tensor) -> tuple[float, ...]:
-    """What the leading ranks of an adapter take up of an error [N, K], one figure for each of
-    `SHARES`, in shares of its energy.
+def energy(matrix: Tensor, rms: Tensor) -> float:
+    """E|M x|^2 of a matrix M [N, K] for uncorrelated inputs of that rms [K]."""
+    squares = matrix.to(torch.float64, copy=True).square_()
+    return (squares.sum(dim=0) @ rms.double().square()).item()
+
+
+def spectrum(whole: float, L: Tensor, R: Tensor, rms: Tensor) -> tuple[float, ...]:
+    """What the leading ranks of an adapter R L take up of an error of `whole` energy, one figure
+    for each of `SHARES`, in shares of it.
     """
-    whole = (error.double() * rms.double()).square().sum()
     left, right = (torch.linalg.qr(side).R for side in (R.double(), (L.double() * rms.double()).T))
-    energies = torch.linalg.svdvals(left @ right.T).square().cumsum(0) / whole.clamp_min(1e-300)
+    energies = torch.linalg.svdvals(left @ right.T).square().cumsum(0) / max(whole, 1e-300)
     return tuple(energies[max(1, int(share * len(energies))) - 1].item() for share in SHARES)
