@@ -103,7 +103,7 @@ def read_block(walk: Walk, block: Block) -> Walk:
 def observe(
     walk: Walk, block: Block, watched: Sequence[Observation], covariance: frozenset[str]
 ) -> dict[str, Stats]:
-    """Run a block as it is and return the statistics of each site in it.
+    """Run a block as it is, up to its last watched input, and return the statistics of each site.
 
     `covariance` names the sites whose statistics need X^T X. Those of a site that no token reached
     say so, and take all its inputs alike.
@@ -111,6 +111,7 @@ def observe(
     Raises:
         CalibrationError: an input is NaN or infinite; names the layer.
     """
+    block = observed(block, watched)
     walk = read_block(walk, block)
     totals: dict[str, Stats] = {}
     for found in walk.ranks.each(
@@ -127,6 +128,13 @@ def observe(
     return {
         name: found if found.tokens else unreached_stats(found) for name, found in sites.items()
     }
+
+
+def observed(block: Block, watched: Sequence[Observation]) -> Block:
+    """The block up to the last of what is watched, without its last linear, among others."""
+    nodes = {watch.node for watch in watched}
+    last = max((i for i, node in enumerate(block.nodes) if node in nodes), default=0)
+    return replace(block, nodes=block.nodes[: last + 1])
 
 
 def _sums(

@@ -20,12 +20,15 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from slimfx import calibrate
 from slimfx.journal import digest
 from slimfx.memory import batch_sizes
 from slimfx.methods.stats import add_tokens, empty_stats
 from slimfx.pack_solution import pack_solution
+from slimfx.passes.cut_blocks import cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
-from slimfx.plan import Plan, plan
+from slimfx.passes.observe_inputs import observe_inputs
+from slimfx.plan import plan
 from slimfx.ranks import shares
 from slimfx.recipe import Recipe
 from slimfx.runtime.targets.pt2 import save
@@ -49,7 +52,7 @@ class Seconds:
     read: float
     """Weights read for their checksum, and again block by block; the system has them cached."""
     calibrate: float
-    """Batches through each block twice, and the statistics of its inputs."""
+    """Batches through each block, once to observe its inputs, and the statistics of these."""
     solve: float
     """Layers solved and packed."""
     write: float
@@ -77,7 +80,7 @@ def predict(
     solving = _solving(chosen, recipe, processes)
     return Seconds(
         read=planned.bytes_before * _reading(),
-        calibrate=_flops(program, planned, chosen, recipe, processes) / _flops_a_second(),
+        calibrate=_flops(program, chosen, recipe, processes) / _flops_a_second(),
         solve=solving,
         write=_saving(planned.bytes_after, len(program.graph.nodes)),
     )
@@ -121,24 +124,39 @@ def _measured(how: LayerRecipe, N: int, K: int) -> float:
     return _median(lambda: pack_solution(solve("a layer", weight, stats, how), how))
 
 
-def _flops(
-    program: ExportedProgram, planned: Plan, sites: list[Site], recipe: Recipe, processes: int
-) -> float:
-    """Of the linears of all tokens, twice, and of the covariances; of the busiest process."""
+def _flops(program: ExportedProgram, sites: list[Site], recipe: Recipe, processes: int) -> float:
+    """Of the linears of all tokens and of the covariances; of the busiest process."""
     how = recipe.calibration
     sizes, rows = batch_sizes(program, how)
     batches = -(-how.samples // how.batch) if sizes else 1
     cut = shares(batches)
     busiest = max(sum(map(len, cut[i::processes])) for i in range(processes))
-    last = max(i for i, row in enumerate(planned.rows) if not row.skipped)  # no later one is run
-    weights = sum(row.out_features * row.in_features for row in planned.rows[: last + 1])
     full = {
         (use.x, site.in_features)
         for site in sites
         if (layer := recipe.for_layer(site.name)) is not None and layer.needs_covariance
         for use in site.uses
     }
-    return 2 * busiest * rows * (2 * weights + sum(K**2 for _, K in full))
+    return 2 * busiest * rows * (_weights_met(program, sites) + sum(K**2 for _, K in full))
+
+
+def _weights_met(program: ExportedProgram, sites: list[Site]) -> int:
+    """Weights of the linears that a token meets: on its way through each block, and as far as it
+    is observed.
+    """
+    sizes = {
+        use.node: site.out_features * site.in_features
+        for site in find_linears(program)
+        for use in site.uses
+    }
+    blocks = cut_blocks(program, sites)
+    while not blocks[-1].sites:  # none behind the last site is run
+        blocks.pop()
+    run = [node for block in blocks[:-1] for node in block.nodes]
+    for block in blocks:
+        if watched := observe_inputs(program, block.sites, set(block.nodes)):
+            run += calibrate.observed(block, watched).nodes
+    return sum(sizes.get(node, 0) for node in run)
 
 
 def _flops_a_second() -> float:

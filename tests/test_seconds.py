@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import captured, tiny_llama
+from slimfx.passes.find_linears import find_linears
 from test_cli import from_json, run
 
 import slimfx
@@ -46,6 +47,16 @@ def test_more_processes_share_batches_and_layers(monkeypatch: pytest.MonkeyPatch
     assert (two.calibrate, many.calibrate) == (one.calibrate / 2, one.calibrate / 4)
     assert two.read == many.read
     assert one.total == one.read + one.calibrate + one.solve + one.write
+
+
+def test_a_token_meets_all_but_the_last_linear_of_a_block_twice() -> None:
+    program = captured("llama")
+    sizes = {s.name: s.out_features * s.in_features for s in find_linears(program)}
+    last = sum(size for name, size in sizes.items() if name.endswith("down_proj"))
+    head = list(sizes.values())[-1]  # whose own output nothing asks for
+    assert seconds._weights_met(program, find_linears(program)) == (
+        2 * sum(sizes.values()) - last - 2 * head
+    )
 
 
 def test_the_prediction_is_near() -> None:

@@ -46,6 +46,9 @@ class Unstructured:
 
 Pattern = NofM | Unstructured
 
+_FEW = 16
+"""Weights of a group up to which comparing each with each beats sorting."""
+
 
 def keep(score: Tensor, pattern: Pattern | None) -> Tensor:
     """Boolean mask [N, K] of the weights with the largest scores; ties go to the lower index.
@@ -55,7 +58,8 @@ def keep(score: Tensor, pattern: Pattern | None) -> Tensor:
     if pattern is None:
         return torch.ones_like(score, dtype=torch.bool)
     if isinstance(pattern, NofM):
-        return _largest(score.unflatten(1, (-1, pattern.m)), pattern.n).flatten(1)
+        largest = _largest_of_few if pattern.m <= _FEW else _largest
+        return largest(score.unflatten(1, (-1, pattern.m)), pattern.n).flatten(1)
     N, K = score.shape
     if pattern.scope == "row":
         return _largest(score, pattern.kept(1, K))
@@ -66,3 +70,15 @@ def _largest(score: Tensor, count: int) -> Tensor:
     order = score.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(order, dtype=torch.bool)
     return mask.scatter_(-1, order[..., :count], True)
+
+
+def _largest_of_few(score: Tensor, count: int) -> Tensor:
+    """As `_largest`, each compared with each, which is several times faster than sorting."""
+    columns = score.unbind(-1)
+    ahead = [torch.zeros_like(column, dtype=torch.int8) for column in columns]
+    for j in range(len(columns)):
+        for i in range(j):
+            first = columns[i] >= columns[j]
+            ahead[j] += first
+            ahead[i] += ~first
+    return torch.stack([number < count for number in ahead], dim=-1)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slimfx.methods import masks
 from slimfx.methods.masks import NofM, Pattern, Unstructured, keep
 
 
@@ -24,7 +25,7 @@ def reference(score: Tensor, n: int, m: int) -> list[list[bool]]:
 @st.composite
 def scores(draw: st.DrawFn) -> tuple[Tensor, int, int]:
     """Small integer scores, so that ties are common, in any shape and any n:m."""
-    m = draw(st.integers(2, 9))
+    m = draw(st.integers(2, 9) | st.just(2 * masks._FEW))
     n = draw(st.integers(1, m - 1))
     N, K = draw(st.integers(1, 5)), m * draw(st.integers(1, 5))
     flat = draw(st.lists(st.integers(0, 4), min_size=N * K, max_size=N * K))

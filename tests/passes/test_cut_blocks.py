@@ -9,6 +9,7 @@ import torch
 from models import KINDS, Chain, answer, bits, captured, case, normal
 from slimfx.passes.cut_blocks import Block, cut_blocks
 from slimfx.passes.find_linears import find_linears
+from slimfx.passes.observe_inputs import observe_inputs
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -46,6 +47,17 @@ def test_what_later_blocks_read_is_live_and_nothing_else_is(kind: str) -> None:
         end = order.index(block.nodes[-1])
         earlier, later = order[: end + 1], set(order[end + 1 :])
         assert block.live_out == {node for node in earlier if later & set(node.users)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_block_is_observed_behind_its_last_watched_input(kind: str) -> None:
+    program = captured(kind)
+    for block in cut(program):
+        if watched := observe_inputs(program, block.sites, set(block.nodes)):
+            inside = calibrate.observed(block, watched).nodes
+            nodes = {watch.node for watch in watched} & set(block.nodes)
+            assert nodes <= set(inside) < set(block.nodes)
+            assert not nodes or inside[-1] in nodes
 
 
 @pytest.mark.parametrize("kind", KINDS)
