@@ -180,8 +180,15 @@ def _own_bias(program: ExportedProgram, uses: list[Use]) -> str | None:
 
 def _routes(node: Node) -> bool:
     """Does topk choose among a linear's own answers, or what is made of each?"""
-    users = [user for user in node.users if user.target in (*_SCORES, aten.topk.default)]
-    return any(user.target is aten.topk.default or _routes(user) for user in users)
+    seen, left = {node}, [node]
+    while left:  # as deep as the model, along what it adds up
+        for user in left.pop().users:
+            if user.target is aten.topk.default:
+                return True
+            if user.target in _SCORES and user not in seen:
+                seen.add(user)
+                left.append(user)
+    return False
 
 
 def _names(uses: dict[str, list[Use]]) -> dict[str, str]:

@@ -1,13 +1,13 @@
 """How long a compression will take on this machine, from short measurements of its parts.
 
-Each kind of layer is solved at two small sizes of its own proportions, and the time goes on as a
-power of the size; matrix products, reading and saving are timed. Threads are those of this process.
+Each kind of layer is solved as it is or, if that takes long, at smaller sizes of its proportions,
+from which time goes on in its linear and its cubic part; matrix products, reading and saving are
+timed. Threads are those of this process.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -36,8 +36,10 @@ from slimfx.runtime.unread import places, read, unread
 from slimfx.solve import solve
 from slimfx.steps import LayerRecipe
 
-_MEASURED = 2**22
-"""Weights of the larger of the two layers that are solved; the smaller has a quarter."""
+_SMALLEST, _LARGEST = 2**18, 2**24
+"""Weights of the layers that are solved, four times as many each time."""
+_LONGEST = 1.5
+"""Seconds after which no larger one is."""
 _TOKENS = 512
 _SAVED = 2**23
 """Weights of a program that is saved, and of a file that is read."""
@@ -98,15 +100,18 @@ def _solving(sites: list[Site], recipe: Recipe, processes: int) -> float:
 
 
 def _of_layer(how: LayerRecipe, N: int, K: int) -> float:
-    """Seconds to solve and pack a layer [N, K], measured if it is small."""
-    if N * K <= _MEASURED:
-        return _measured(how, N, K)
-    large = _scaled(N, K, math.sqrt(_MEASURED / (N * K)))
-    small = _scaled(N, K, math.sqrt(_MEASURED / 4 / (N * K)))
-    first, last = _measured(how, *small), _measured(how, *large)
-    sizes = [math.prod(small), math.prod(large), N * K]  # no solver is worse than cubic in K
-    power = math.log(last / first) / math.log(sizes[1] / sizes[0])
-    return last * (sizes[2] / sizes[1]) ** min(max(power, 1.0), 1.5)
+    """Seconds to solve and pack a layer [N, K]."""
+    size, w, found = _SMALLEST, N * K, list[tuple[int, float]]()
+    while len(found) < 2 or (size <= _LARGEST and found[-1][1] < _LONGEST):
+        shape = _scaled(N, K, math.sqrt(size / w)) if size < w else (N, K)
+        found.append((math.prod(shape), _measured(how, *shape)))
+        if size >= w:
+            return found[-1][1]
+        size *= 4
+    (w1, t1), (w2, t2) = found[-2:]  # t = w (linear + cubic sqrt w), neither of them negative
+    cubic = (t2 / w2 - t1 / w1) / (math.sqrt(w2) - math.sqrt(w1))
+    cubic = min(max(cubic, 0.0), t2 / w2**1.5)
+    return w * (t2 / w2 + cubic * (math.sqrt(w) - math.sqrt(w2)))
 
 
 def _scaled(N: int, K: int, factor: float) -> tuple[int, int]:
@@ -121,7 +126,7 @@ def _measured(how: LayerRecipe, N: int, K: int) -> float:
     stats = add_tokens(empty_stats(K, covariance=how.needs_covariance), x)
     if how.prune is not None and how.prune.path is not None:  # any mask will do
         how = replace(how, prune=replace(how.prune, method="magnitude", path=None))
-    return _median(lambda: pack_solution(solve("a layer", weight, stats, how), how))
+    return _fastest(lambda: pack_solution(solve("a layer", weight, stats, how), how))
 
 
 def _flops(program: ExportedProgram, sites: list[Site], recipe: Recipe, processes: int) -> float:
@@ -161,7 +166,7 @@ def _weights_met(program: ExportedProgram, sites: list[Site]) -> int:
 
 def _flops_a_second() -> float:
     x, W = torch.randn(_TOKENS, 1024), torch.randn(2048, 1024)
-    return 2 * _TOKENS * W.numel() / _median(lambda: x @ W.T)
+    return 2 * _TOKENS * W.numel() / _fastest(lambda: x @ W.T)
 
 
 def _reading() -> float:
@@ -171,7 +176,7 @@ def _reading() -> float:
         safetensors.torch.save_file({"weight": torch.ones(_SAVED)}, path)
         [place] = places(path).values()
         weight = unread(place, place.dtype)
-        return _median(lambda: (digest({"weight": weight}), read(weight))) / weight.nbytes
+        return _fastest(lambda: (digest({"weight": weight}), read(weight))) / weight.nbytes
 
 
 def _saving(size: int, nodes: int) -> float:
@@ -182,15 +187,15 @@ def _saving(size: int, nodes: int) -> float:
         took = []
         for module in (heavy, long):
             program = torch.export.export(module, (torch.ones(1, 1024),))
-            took.append(_median(lambda each=program: save(each, Path(folder) / "program.pt2")))  # type: ignore[misc]
+            took.append(_fastest(lambda each=program: save(each, Path(folder) / "program.pt2")))  # type: ignore[misc]
     return size / (4 * _SAVED) * took[0] + nodes / _NODES * took[1]
 
 
-def _median(work: Callable[[], object]) -> float:
-    """Seconds: of three runs after a first one, or of fewer that take two seconds."""
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds: of four runs, or of fewer that take 1.5 seconds; others on the machine disturb."""
     found: list[float] = []
-    while len(found) < 4 and sum(found) < 2.0:
+    while len(found) < 4 and sum(found) < 1.5:
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)
-    return statistics.median(found[1:] or found)
+    return min(found)

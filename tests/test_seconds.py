@@ -20,20 +20,38 @@ from slimfx.steps import LayerRecipe
 HOW = dataclasses.replace(Recipe.preset("slim"), calibration=Calibration(samples=4, length=64))
 
 
-def test_a_large_layer_goes_on_as_its_small_ones_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+HOW_ANY = HOW.for_layer("any")
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5])
+def test_a_large_layer_goes_on_as_its_small_ones_grow(
+    power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, int]] = []
 
     def measured(how: LayerRecipe, N: int, K: int) -> float:
         seen.append((N, K))
-        return 1e-9 * (N * K) ** 1.5
+        return 1e-4 * (N * K / 2**18) ** power
 
     monkeypatch.setattr(seconds, "_measured", measured)
-    how = HOW.for_layer("any")
-    assert how is not None
-    assert seconds._of_layer(how, 4096, 11008) == pytest.approx(1e-9 * (4096 * 11008) ** 1.5)
-    assert seen == [(640, 1664), (1280, 3328)]
-    assert all(N * K < 1.1 * seconds._MEASURED for N, K in seen)
-    assert seconds._of_layer(how, 512, 512) == pytest.approx(1e-9 * 512**3)  # itself
+    assert HOW_ANY is not None
+    for N, K in ((4096, 11008), (53248, 16384), (512, 512), (640, 512)):
+        seen.clear()
+        took = seconds._of_layer(HOW_ANY, N, K)
+        assert took == pytest.approx(1e-4 * (N * K / 2**18) ** power)
+        assert all(n * k < 1.1 * seconds._LARGEST for n, k in seen)
+        assert all(n < N for n, _ in seen[:-1])
+
+
+@pytest.mark.parametrize(("last", "times"), [(0.5, 4), (200.0, 8)])
+def test_nothing_makes_it_sublinear_or_more_than_cubic(
+    last: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([3.0, last])
+    monkeypatch.setattr(seconds, "_measured", lambda how, N, K: next(measured))
+    monkeypatch.setattr(seconds, "_LONGEST", 0.1)
+    assert HOW_ANY is not None
+    assert seconds._of_layer(HOW_ANY, 2048, 2048) == pytest.approx(last * times)
 
 
 def test_more_processes_share_batches_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -380,3 +380,19 @@ def test_the_module_path_of_a_node_is_that_of_its_innermost_module() -> None:
     assert paths["aten.linear.default"] == "layers.0.second"
     assert paths["aten.relu.default"] == "layers.1"
     assert {module_path(n) for n in program.graph.nodes if n.op == "placeholder"} == {""}
+
+
+def test_a_model_as_deep_as_any_has_its_linears_found() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range(2000):  # residuals, which once took a stack frame each
+                x = x + 1
+            return x
+
+    [site] = find_linears(torch.export.export(Deep(), (torch.ones(2, 8),)))
+    assert not site.routes
