@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test test-long test-slow docs trust fuzz coverage mutants sbom lint sanitize gpu gpu-splits
+.PHONY: demo test test-long test-slow docs trust fuzz coverage mutants sbom hashes lint sanitize gpu gpu-splits
 
 FUZZ_RUNS ?= 1000000
 MUTANTS ?= runtime/pack.py $(wildcard slimfx/methods/*.py)
@@ -42,6 +42,9 @@ mutants: $(VENV)/ready  ## MUTANTS, files: how many small changes of each, of 40
 sbom: $(VENV)/ready  ## sbom.json: every package of the environment (CycloneDX)
 	$(RUN)/python -m pip install --quiet cyclonedx-bom
 	$(RUN)/cyclonedx-py environment $(RUN)/python --pyproject pyproject.toml --of JSON -o sbom.json
+
+hashes: $(VENV)/ready  ## constraints-hashed.txt: what constraints.txt names, by its bytes
+	$(RUN)/python .ci/hashes
 
 sanitize: $(VENV)/ready  ## the C++ kernels under the address and undefined-behaviour sanitizers
 	SLIMFX_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \

@@ -89,16 +89,30 @@ def unpack_codes(packed: Tensor, bits: int, width: int) -> Tensor:
     return (codes.flatten(1)[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
+def _two_of(which: int) -> tuple[int, int]:
+    """The positions that are set among four, and the lowest others up to two, in order; -1 where
+    more than two are.
+    """
+    if which.bit_count() > 2:
+        return -1, -1
+    first, second = sorted(sorted(range(4), key=lambda i: not which >> i & 1)[:2])
+    return first, second
+
+
+_KEPT = [_two_of(which) for which in range(16)]
+
+
 def pack_24(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes int8 or values bfloat16 [N, K], at most two non-zeros in four -> values, indices.
 
     K must be a multiple of 4. Groups with fewer non-zeros keep zeros at the lowest free positions.
     """
     groups = weight.unflatten(1, (-1, 4))
-    if ((groups != 0).sum(-1) > 2).any():
+    taken = [(lane != 0).view(torch.uint8) << i for i, lane in enumerate(groups.unbind(-1))]
+    which = (taken[0] | taken[1] | taken[2] | taken[3]).int()
+    kept = torch.tensor(_KEPT, device=weight.device)[which]  # [N, K/4, 2]
+    if (kept[..., 0] < 0).any():
         raise AssertionError("pack_24: a group of four holds more than two non-zero values")
-    kept = (groups != 0).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :2]
-    kept = kept.sort(dim=-1).values  # ascending positions [N, K/4, 2]
     values = _pack_values(groups.gather(-1, kept).flatten(1), bits)
     pairs = (kept[..., 0] | (kept[..., 1] << 2)).to(torch.uint8)
     if pairs.shape[1] % 2:

@@ -133,7 +133,7 @@ def observe(
 def observed(block: Block, watched: Sequence[Observation]) -> Block:
     """The block up to the last of what is watched, without its last linear, among others."""
     nodes = {watch.node for watch in watched}
-    last = max((i for i, node in enumerate(block.nodes) if node in nodes), default=0)
+    last = max((i for i, node in enumerate(block.nodes) if node in nodes), default=-1)
     return replace(block, nodes=block.nodes[: last + 1])
 
 
@@ -201,7 +201,8 @@ def run_batch(
     in whatever process.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(zlib.crc32(f"{block.nodes[0].name} {number}".encode()))
+        first = block.nodes[0].name if block.nodes else ""  # of none, nothing is drawn
+        torch.manual_seed(zlib.crc32(f"{first} {number}".encode()))
         return run(walk, block, walk.batches[number], keep, watch)
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import study
 import torch
 from matplotlib.figure import Figure
+from slimfx.runtime.unread import give_back_at_once
 from torch import Tensor
 
 import slimfx
-from slimfx import show
+from slimfx import Recipe, show
 from slimfx.bench_solver import bench_solver
 from slimfx.methods.masks import NofM, keep
 from slimfx.methods.quantized import Quantized, quantize
@@ -41,7 +42,7 @@ class Row:
 
 
 def main(words: Sequence[str]) -> list[Row]:
-    """For each size a row for each preset, one for the paper's procedure, and the solvers'."""
+    """For each size a row for each preset, two of slim, fast and as published, and the solvers'."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,10 +50,12 @@ def main(words: Sequence[str]) -> list[Row]:
     parser.add_argument("--presets", type=study.names, default=study.names(PRESETS))
     parser.add_argument("-o", "--output", type=Path, help="picture; its numbers go beside it")
     args = parser.parse_args(words)
+    give_back_at_once()  # as `slimfx compress` does
     return study.finish(_rows(args.presets, [int(size) for size in args.sizes]), args.output, draw)
 
 
 PAPER = "slim as published"
+FAST = "slim, fast"
 PRESETS = "wanda,sparsegpt,optq,slim,slim-q,full-lora,joint,joint-q"
 
 
@@ -63,17 +66,24 @@ def _rows(presets: Sequence[str], sizes: Sequence[int]) -> Iterator[Row]:
             x = torch.randn(TOKENS, size, generator=draw_x)
             torch.manual_seed(0)
             program = slimfx.capture(torch.nn.Linear(size, size, bias=False), (x[:2],))
-            for preset in presets:
-                tell(i / len(sizes), f"{preset} {size}")
+            for name, recipe in [*((name, name) for name in presets), (FAST, fast_slim())]:
+                tell(i / len(sizes), f"{name} {size}")
                 began = time.perf_counter()
-                slimfx.compress(program, preset, calibration=[x])
-                yield Row("recipe", preset, size, time.perf_counter() - began)
+                slimfx.compress(program, recipe, calibration=[x])
+                yield Row("recipe", name, size, time.perf_counter() - began)
             tell((i + 0.5) / len(sizes), f"{PAPER} {size}")
             began = time.perf_counter()
             as_published(program.state_dict["weight"], x)
             yield Row("recipe", PAPER, size, time.perf_counter() - began)
             for solver in bench_solver(size):
                 yield Row("solver", solver.name, size, solver.seconds)
+
+
+def fast_slim() -> Recipe:
+    """slim with `adapter: {fast: true}`."""
+    recipe = Recipe.preset("slim")
+    assert recipe.adapter is not None
+    return replace(recipe, adapter=replace(recipe.adapter, fast=True))
 
 
 def as_published(weight: Tensor, x: Tensor) -> tuple[Quantized, Tensor, Tensor]:
