@@ -22,7 +22,7 @@ RUNS: dict[str, tuple[Sequence[str], int]] = {
     "accuracy": ((DEMO, *SLIVER, "--presets", "wanda,slim", "--inputs", "fp8"), 5),
     "calibration": ((DEMO, *SLIVER, "--presets", "slim-q", "--counts", "1,2"), 4),
     "pareto": ((DEMO, *SLIVER, "--presets", "absmax"), 2),
-    "compression_time": (("--sizes", "64", "--presets", "wanda,joint"), 6),
+    "compression_time": (("--sizes", "64", "--presets", "wanda,joint"), 7),
     "groups": (("--size", "128", "--layers", "2", "--groups", "0,32", "--rows", "1"), 2),
 }
 """Program -> its arguments, and how many rows they make."""
