@@ -164,7 +164,11 @@ def lines(axes: Any, points: list[Point], x: str = "x", style: str = "o-") -> No
         else:
             axes.plot(*zip(*own), style, label=series)
     axes.set_ylabel(points[0].metric)
-    axes.grid(alpha=0.3)
+    if points[0].metric == "perplexity":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
 
 
