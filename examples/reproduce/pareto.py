@@ -80,6 +80,8 @@ def draw(figure: Figure, rows: list[Row]) -> None:
     axes.set_xlabel("MB of weights")
     axes.set_ylabel("bits a byte of text")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import study
+from matplotlib.figure import Figure
 
 from slimfx.recipe import Recipe
 
@@ -21,16 +22,25 @@ FORMS = {
 
 
 def main(words: Sequence[str]) -> list[study.Point]:
-    """A point for each preset and form, at the bits that it takes."""
+    """A point for each form and preset."""
     args = study.options(__doc__, "slim-q,joint-q").parse_args(words)
     wanted = [
-        (form, 0.0, _in_form(Recipe.preset(preset), how))
-        for form, how in FORMS.items()
+        (preset, float(i), _in_form(Recipe.preset(preset), how))
+        for i, how in enumerate(FORMS.values())
         for preset in args.presets
     ]
-    found = study.study_of(args).points(wanted)
-    draw = study.curves("bits a weight, scales and adapters included", x="bits_per_weight")
-    return study.finish(found, args.output, draw)
+    return study.finish(study.study_of(args).points(wanted), args.output, draw)
+
+
+def draw(figure: Figure, rows: list[study.Point]) -> None:
+    """The forms side by side, at each point the bits that a weight takes, adapters included."""
+    axes = figure.subplots()
+    study.lines(axes, rows, style="o")
+    for row in rows[1:]:
+        text, place = f"{row.bits_per_weight:.2f} bits", (row.x, row.quality)
+        axes.annotate(text, place, fontsize=7, xytext=(5, 5), textcoords="offset points")
+    axes.set_xticks(range(len(FORMS)), FORMS)
+    axes.set_xmargin(0.15)
 
 
 def _in_form(recipe: Recipe, how: dict) -> Recipe:
