@@ -100,6 +100,7 @@ def _two_of(which: int) -> tuple[int, int]:
 
 
 _KEPT = [_two_of(which) for which in range(16)]
+"""By which of four are not zero, a bit each."""
 
 
 def pack_24(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -155,10 +155,10 @@ def give_back() -> None:
         trim(0)
 
 
-def give_back_at_once() -> None:
-    """Let this process return every tensor above 4 MiB to the system as soon as it is freed; glibc
-    else keeps up to 32 MiB each for later, in pieces that fit no other. Called before the first
-    tensor is made, it lets torch take them in large pages, which the system hands out faster.
+def prepare_allocator() -> None:
+    """Let this process return every tensor above 4 MiB to the system as soon as it is freed, which
+    glibc else keeps for later, in pieces of up to 32 MiB that fit no other; and, before the first
+    tensor is made, let torch take them in large pages, which the system hands out faster.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, by the first tensor
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -38,7 +38,7 @@ from slimfx.errors import PlanError, SlimError
 from slimfx.runtime import archive
 from slimfx.runtime.manifest import Manifest, manifest_of
 from slimfx.runtime.targets import pt2
-from slimfx.runtime.unread import give_back_at_once
+from slimfx.runtime.unread import prepare_allocator
 from slimfx.stepper import is_artifact
 
 app = typer.Typer(
@@ -138,7 +138,7 @@ def compress(
     target = cli_budget.target_of(bits, target_size, max_loss, target_latency)
     read = is_artifact(model) or target is not None  # a search reads all weights more than once
     folder = output.with_name(f".{output.name}.journal")
-    give_back_at_once()
+    prepare_allocator()
     with ranks.joined() as mine:
         seen = mine.own == 0
         with show.line("search" if target else "compress", seen=seen) as tell:

@@ -160,12 +160,17 @@ def _draw(rows: list[bench_methods.Row], path: Path) -> None:
     axes.set_ylabel(dense.metric)
     if dense.metric == "perplexity":
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        write_out(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with atomic(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+
+
+def write_out(axis: Any) -> None:
+    """Write the numbers of a logarithmic axis as they are, not as powers of ten."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import seconds, show
-from slimfx.runtime.unread import give_back_at_once
+from slimfx.runtime.unread import prepare_allocator
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
 RecipeOption = Annotated[
@@ -38,7 +38,7 @@ def plan(
 
     Example: slimfx plan examples/demo_lm --recipe slim-q --time
     """
-    give_back_at_once()  # as compress does, whose time is measured
+    prepare_allocator()  # as compress does, whose time is measured
     began = time.perf_counter()
     with show.line("plan"):
         program = _program(model)

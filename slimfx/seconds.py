@@ -181,14 +181,15 @@ def _reading() -> float:
 
 def _saving(size: int, nodes: int) -> float:
     """Seconds to save a program of so many bytes and nodes: so many times those of small ones."""
-    heavy = nn.Linear(1024, _SAVED // 1024)
-    long = nn.Sequential(*[nn.ReLU() for _ in range(_NODES)])
+    heavy = _to_save(nn.Linear(1024, _SAVED // 1024))
+    long = _to_save(nn.Sequential(*[nn.ReLU() for _ in range(_NODES)]))
+    return size / (4 * _SAVED) * heavy + nodes / _NODES * long
+
+
+def _to_save(module: nn.Module) -> float:
+    program = torch.export.export(module, (torch.ones(1, 1024),))
     with tempfile.TemporaryDirectory() as folder:
-        took = []
-        for module in (heavy, long):
-            program = torch.export.export(module, (torch.ones(1, 1024),))
-            took.append(_fastest(lambda each=program: save(each, Path(folder) / "program.pt2")))  # type: ignore[misc]
-    return size / (4 * _SAVED) * took[0] + nodes / _NODES * took[1]
+        return _fastest(lambda: save(program, Path(folder) / "program.pt2"))
 
 
 def _fastest(work: Callable[[], object]) -> float:

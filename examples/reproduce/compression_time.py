@@ -14,7 +14,7 @@ from pathlib import Path
 import study
 import torch
 from matplotlib.figure import Figure
-from slimfx.runtime.unread import give_back_at_once
+from slimfx.runtime.unread import prepare_allocator
 from torch import Tensor
 
 import slimfx
@@ -50,7 +50,7 @@ def main(words: Sequence[str]) -> list[Row]:
     parser.add_argument("--presets", type=study.names, default=study.names(PRESETS))
     parser.add_argument("-o", "--output", type=Path, help="picture; its numbers go beside it")
     args = parser.parse_args(words)
-    give_back_at_once()  # as `slimfx compress` does
+    prepare_allocator()  # as `slimfx compress` does
     return study.finish(_rows(args.presets, [int(size) for size in args.sizes]), args.output, draw)
 
 

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import data, show
+from slimfx.cli_bench import write_out
 from slimfx.recipe import Calibration, Recipe
 
 
@@ -80,8 +81,7 @@ def draw(figure: Figure, rows: list[Row]) -> None:
     axes.set_xlabel("MB of weights")
     axes.set_ylabel("bits a byte of text")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    write_out(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend()
 

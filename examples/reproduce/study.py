@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import show
-from slimfx.cli_bench import collect
+from slimfx.cli_bench import collect, write_out
 from slimfx.recipe import Calibration, Recipe
 from slimfx.tasks import run_tasks
 
@@ -166,8 +166,7 @@ def lines(axes: Any, points: list[Point], x: str = "x", style: str = "o-") -> No
     axes.set_ylabel(points[0].metric)
     if points[0].metric == "perplexity":
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        write_out(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
 
