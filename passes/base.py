@@ -5,7 +5,7 @@ edit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,3 +197,9 @@ def lifted_tensor(program: ExportedProgram, spec: InputSpec) -> Any:
     if spec.kind is InputKind.CONSTANT_TENSOR or target not in program.state_dict:
         return program.constants[target]  # type: ignore[index]
     return program.state_dict[target]
+
+
+def reader(program: ExportedProgram) -> Callable[[Node], Any]:
+    """Node -> the tensor behind a lifted placeholder, None for the result of a computation."""
+    specs = input_specs(program)
+    return lambda node: lifted_tensor(program, specs[node.name]) if node.name in specs else None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slimfx.passes.base import add_buffer, edit, input_specs, lifted_tensor
+from slimfx.passes.base import add_buffer, edit, input_specs, reader
 from slimfx.passes.compressed_linears import (
     CompressedLinear,
     Read,
@@ -69,9 +69,6 @@ def lower_cpu(
     specs = input_specs(program)
     laid_out: dict[Node, tuple[Node, int]] = {}  # codes of eight bits -> their bytes in lanes, K
 
-    def read(node: Node) -> Tensor | None:
-        return lifted_tensor(program, specs[node.name]) if node.name in specs else None
-
     def make(like: Node, name: str, matrices: Sequence[Sized]) -> tuple[Node, Node]:
         prefix, _, _ = str(specs[like.name].target).rpartition(PREFIX)
         data, scale = lay_out(matrices)
@@ -83,7 +80,7 @@ def lower_cpu(
         return node, add_buffer(change, f"{fqn}_scale", scale)
 
     renamed = change.signature.replace_all_uses
-    report = lower_graph(change.graph, read, make, renamed=renamed, rounded=rounded)
+    report = lower_graph(change.graph, reader(program), make, renamed=renamed, rounded=rounded)
     for codes, (data, K) in laid_out.items():
         for user in [user for user in codes.users if user.target is aten.index.Tensor]:
             _look_up_in_lanes(user, data, K)

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from slimfx.passes.base import add_buffer, edit, input_specs, lifted_tensor
+from slimfx.passes.base import add_buffer, edit, input_specs, reader
 from slimfx.passes.compressed_linears import (
     CompressedLinear,
     Read,
@@ -80,9 +80,6 @@ def lower_gpu(
     change = edit(program)
     specs = input_specs(program)
 
-    def read(node: Node) -> Tensor | None:
-        return lifted_tensor(program, specs[node.name]) if node.name in specs else None
-
     def make(
         like: Node,
         name: str,
@@ -95,7 +92,7 @@ def lower_gpu(
         return [add_buffer(change, f"{fqn}_{i}", tensor) for i, tensor in enumerate(tensors)]
 
     renamed = change.signature.replace_all_uses
-    report = lower_graph(change.graph, read, make, gpu, renamed=renamed, rows=rows)
+    report = lower_graph(change.graph, reader(program), make, gpu, renamed=renamed, rows=rows)
     drop_read_buffers_(change, specs)
     return change.finish(), report
 

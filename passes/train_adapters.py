@@ -18,7 +18,7 @@ from typing import Any
 
 import slimfx.runtime.straight_through  # noqa: F401  makes slimfx.fake_quantize
 import torch
-from slimfx.passes.base import Edit, add_buffer, edit, input_specs, lifted_tensor
+from slimfx.passes.base import Edit, add_buffer, edit, input_specs, reader
 from slimfx.passes.compressed_linears import (
     CompressedLinear,
     call,
@@ -57,11 +57,8 @@ def train_adapters(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Tra
     """
     change, specs = edit(program), input_specs(program)
 
-    def read(node: Node) -> Tensor | None:
-        return lifted_tensor(program, specs[node.name]) if node.name in specs else None
-
     made = _Made(change, specs, {}, {})
-    for linear in compressed_linears(change.graph, read):
+    for linear in compressed_linears(change.graph, reader(program)):
         if linear.total is not None:
             _train(made, linear)
     if not made.found:

@@ -30,6 +30,9 @@ def write_report(
     text: Text = None,
     dense: Dense = None,
     samples: Annotated[int | None, typer.Option(help="Windows of --text at most.")] = None,
+    timed: Annotated[
+        bool, typer.Option("--time", help="Time its linears on this CPU, beside floats.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Write a page of HTML on an artifact: sizes, layers, kernels, weights, recipe, golden check.
@@ -42,7 +45,7 @@ def write_report(
         reports = []
         for i, path in enumerate(artifacts):
             tell(i / (len(artifacts) + 1), path.name)
-            reports.append(report(path, text=text, samples=samples))
+            reports.append(report(path, text=text, samples=samples, timed=timed))
         tell(len(artifacts) / (len(artifacts) + 1), dense or f"write {output}")
         before = _dense(dense, text, samples) if dense else None
         with archive.atomic(output) as temporary:

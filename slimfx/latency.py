@@ -67,19 +67,30 @@ def table(linears: Iterable[Sizes], *, copies: int = COPIES) -> dict[Sizes, floa
     known: dict[str, float] = remember.recall("latency", key) or {}
     missing = [each for each in wanted if str(each) not in known]
     if missing:
-        pool = memory(max(copies, max(4 * each.N * each.K for each in missing)))
-        with torch.no_grad():
-            taken = in_rounds([_calls(each, pool) for each in missing], _SECONDS)
-        known |= {str(each): min(times) for each, times in zip(missing, taken, strict=True)}
+        known |= {str(each): taken for each, taken in measured(missing, copies=copies).items()}
         remember.keep("latency", key, known)
     return {each: known[str(each)] for each in wanted}
+
+
+def measured(linears: Iterable[Sizes], *, copies: int = COPIES) -> dict[Sizes, float]:
+    """As `table`, here and now."""
+    wanted = list(dict.fromkeys(linears))
+    pool = memory(max(copies, max(4 * each.N * each.K for each in wanted)))
+    with torch.no_grad():
+        taken = in_rounds([_calls(each, pool) for each in wanted], _SECONDS)
+    return {each: min(times) for each, times in zip(wanted, taken, strict=True)}
+
+
+def in_floats(N: int, K: int, dtype: torch.dtype) -> Sizes:
+    """A linear as torch has it."""
+    return Sizes(N, K, 0, (Form("floats", 8 * dtype.itemsize, K),))
 
 
 def _sizes(site: Site, how: LayerRecipe | None) -> Sizes | None:
     """What is measured for a linear; None if no kernel takes it."""
     N, K = site.out_features, site.in_features
     if how is None:
-        return Sizes(N, K, 0, (Form("floats", 8 * site.dtype.itemsize, K),))
+        return in_floats(N, K, site.dtype)
     layout, grouped = layout_of(how), how.quantize and how.quantize.granularity == "group"
     group = min(how.quantize.group, whole(K)) if how.quantize and grouped else whole(K)
     forms = [Form(layout.where, max(4, layout.bits), group)]

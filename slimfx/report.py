@@ -24,6 +24,7 @@ from slimfx.passes.compressed_linears import CompressedLinear
 from slimfx.passes.find_linears import PREFIX, find_linears, storage_key
 from slimfx.passes.inputs import tensor_inputs
 from slimfx.report_kernels import Kernel, kernels_of, linears_of
+from slimfx.report_speed import Speed, speeds_of
 from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import LayerReport, Manifest, manifest_of
 from slimfx.runtime.pack import row_count
@@ -79,6 +80,8 @@ class Report:
     golden: CheckResult | str
     """How it answers its recorded inputs here, or why that cannot be asked."""
     quality: Quality | None = None
+    speeds: tuple[Speed, ...] = ()
+    """Of the linears on this CPU, where that was asked for."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -127,12 +130,15 @@ LAYER_COLUMNS = {
 }
 
 
-def report(path: str | Path, *, text: Any = None, samples: int | None = None) -> Report:
+def report(
+    path: str | Path, *, text: Any = None, samples: int | None = None, timed: bool = False
+) -> Report:
     """Look at a `.pt2` that slimfx wrote, and ask it its recorded inputs again.
 
     Args:
         text: what to measure the perplexity on, a source as in `slimfx.data`; None: nothing.
         samples: how many windows of it at most.
+        timed: also measure how fast this CPU runs its linears, which takes a C++ compiler.
 
     Raises:
         ArtifactError: missing, damaged or unsafe, or machine code, which has no layers.
@@ -157,6 +163,7 @@ def report(path: str | Path, *, text: Any = None, samples: int | None = None) ->
         kernels=kernels_of(linears),
         golden=golden,
         quality=_perplexity(program, text, samples),
+        speeds=speeds_of(linears) if timed else (),
     )
 
 

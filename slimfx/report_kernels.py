@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from slimfx.passes.base import input_specs, lifted_tensor
+from slimfx.passes.base import input_specs, reader
 from slimfx.passes.compressed_linears import CompressedLinear, compressed_linears, value_of
 from slimfx.passes.find_linears import PREFIX
 from slimfx.runtime import gpu_layout, interleave, select
@@ -40,11 +39,8 @@ def linears_of(program: ExportedProgram) -> dict[str, CompressedLinear]:
     """Layer -> its compressed linear; the ATen form, whose ops are written out, has none."""
     specs = input_specs(program)
 
-    def read(node: Node) -> Tensor | None:
-        return lifted_tensor(program, specs[node.name]) if node.name in specs else None
-
     found = {}
-    for linear in compressed_linears(program.graph, read):
+    for linear in compressed_linears(program.graph, reader(program)):
         placeholder = linear.base.args[1]
         assert isinstance(placeholder, Node)
         layer, _, _ = str(specs[placeholder.name].target).rpartition(f".{PREFIX}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -49,7 +49,9 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
             lead="What it stores, what that cost, what runs it. This page needs no network.",
             sections=[
                 _glance(named, dense),
-                *(make(named) for make in (_bytes, _layers, _kernels, _weights, _making)),
+                *(make(named) for make in (_bytes, _layers, _kernels)),
+                *_speed(named),
+                *(make(named) for make in (_weights, _making)),
             ],
             style=Markup(style),
             script=Markup(script),
@@ -187,6 +189,45 @@ def _kernels(named: Mapping[str, Report]) -> Section:
         ),
     )
     return Section("Kernels", words, tables)
+
+
+def _speed(named: Mapping[str, Report]) -> Iterator[Section]:
+    """Nothing where nothing was timed."""
+    columns = {
+        "out x in": ("shape", ""),
+        "linears": ("linears", "d"),
+        "stored as": ("stored", ""),
+        "rank": ("rank", "d"),
+        "microseconds": ("microseconds", ",.1f"),
+        "in floats": ("in_floats", ",.1f"),
+        "times as fast": ("speedup", ".1f"),
+        "of the memory limit": ("share", "bar"),
+        "notes": ("note", ""),
+    }
+    timed = {mark: report for mark, report in named.items() if report.speeds}
+    tables = [
+        table(_captioned("One row of x, one linear", mark), columns, report.speeds)
+        for mark, report in timed.items()
+    ]
+    words = [
+        "Measured on the CPU that wrote this page, each linear by itself with its weight in memory "
+        "and not in a cache; a compiled program also joins those that read the same x. The memory "
+        "limit is the fastest plain read.",
+        *(
+            f"{report.name}: all its linears together {_together(report)}."
+            for report in timed.values()
+        ),
+    ]
+    if timed:
+        yield Section("Speed on this CPU", tuple(words), tables)
+
+
+def _together(report: Report) -> str:
+    ours, plain = (
+        sum(row.linears * getattr(row, name) for row in report.speeds) / 1e3
+        for name in ("microseconds", "in_floats")
+    )
+    return f"take {ours:.3g} ms for a row, {plain:.3g} ms in floats: {plain / ours:.1f} times"
 
 
 def _weights(named: Mapping[str, Report]) -> Section:

@@ -17,7 +17,12 @@ LONG = (
     *("test_import_checkpoint.py", "test_bench_model.py", "test_bench_kernels.py"),
     *("test_finetune.py", "passes/test_train_adapters.py", "docs/test_docs.py"),
     *("test_latency.py", "runtime/test_direct.py"),
-    *("test_report_browser.py", "e2e/test_experts.py", "e2e/test_embeddings.py"),
+    *(
+        "test_report_browser.py",
+        "test_report_speed.py",
+        "e2e/test_experts.py",
+        "e2e/test_embeddings.py",
+    ),
     "test_ranks.py",
 )
 """Files of `make test-long`: kernels and deployment targets, which compile, and what trains; `make

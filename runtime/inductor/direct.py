@@ -59,7 +59,7 @@ def calls(sizes: Sizes, pool: Tensor) -> Iterator[Callable[[], Tensor]]:
     """
     run = _compiled(*((form.where, form.bits) for form in sizes.forms))
     x, y = torch.ones(whole(sizes.K)), torch.empty(sizes.N)
-    need, start = sum(_part(sizes, 0)[1]), 0
+    need, start = bytes_read(sizes), 0
 
     def call() -> Tensor:
         run(x.data_ptr(), sizes.K, part.data_ptr(), y.data_ptr())
@@ -70,6 +70,11 @@ def calls(sizes: Sizes, pool: Tensor) -> Iterator[Callable[[], Tensor]]:
         part = torch.tensor(_part(sizes, pool.data_ptr() + start)[0])
         yield call
         start += need
+
+
+def bytes_read(sizes: Sizes) -> int:
+    """Of weight, scales and adapters in a call; half of the values of a bitmask stay."""
+    return sum(_part(sizes, 0)[1])
 
 
 def _part(sizes: Sizes, at: int) -> tuple[list[int], list[int]]:
