@@ -17,7 +17,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import (
@@ -34,6 +33,7 @@ from slimfx import (
     show,
     tasks,
 )
+from slimfx.cli_arguments import names_in, program_of
 from slimfx.errors import PlanError, SlimError
 from slimfx.runtime import archive
 from slimfx.runtime.manifest import Manifest, manifest_of
@@ -142,7 +142,7 @@ def compress(
     with ranks.joined() as mine:
         seen = mine.own == 0
         with show.line("search" if target else "compress", seen=seen) as tell:
-            program = _program(model) if read else slimfx.capture(model, weights="unread")
+            program = program_of(model) if read else slimfx.capture(model, weights="unread")
             chosen = cli_budget.recipe_for(
                 *(program, recipe, data, target), text=text, layouts=layouts, progress=tell
             )
@@ -212,15 +212,15 @@ def evaluate(
     if names is None and limit is not None:
         raise typer.BadParameter("--limit is for --tasks; here it is --samples")
     with show.line("evaluate") as tell:
-        program = _program(model)
+        program = program_of(model)
         if names is not None:
-            chosen = [name.strip() for name in names.split(",") if name.strip()]
+            chosen = names_in(names)
             scores = tasks.run_tasks(program, chosen, limit=limit, batch=batch, progress=tell)
         else:
             quality = slimfx.evaluate(
                 program,
                 tasks.wikitext2() if data == "wikitext2" else data,
-                dense=_program(dense) if dense else None,
+                dense=program_of(dense) if dense else None,
                 samples=samples,
                 length=length,
                 progress=tell,
@@ -259,7 +259,7 @@ def generate(
 
     Example: slimfx generate small.pt2 "The function returns" --temperature 0.8
     """
-    source = model if is_artifact(model) else _program(model)
+    source = model if is_artifact(model) else program_of(model)
     pieces = slimfx.generate(
         *(source, prompt),
         tokens=tokens,
@@ -302,10 +302,6 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
         },
         False,
     )
-
-
-def _program(model: str) -> ExportedProgram:
-    return slimfx.load(model) if model.endswith(".pt2") else slimfx.capture(model)
 
 
 def _layers(manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import slimfx
 from slimfx import bench_methods, bench_solver, show
+from slimfx.cli_arguments import names_in, program_of
 from slimfx.errors import need
 from slimfx.recipe import Calibration
 from slimfx.runtime.archive import atomic
@@ -60,12 +61,12 @@ def methods(
 
     Example: slimfx bench methods examples/demo_lm --only wanda,slim,joint
     """
-    chosen = [name for name in only.split(",") if name]
+    chosen = names_in(only)
     for name in chosen:
         slimfx.Recipe.preset(name)
     if plot is not None:
         need("matplotlib")  # before the work, not after it
-    program = slimfx.load(model) if model.endswith(".pt2") else slimfx.capture(model)
+    program = program_of(model)
     with show.line("bench") as tell:
         found = bench_methods.bench_methods(
             program,

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from slimfx.budget import Target, fit
 from slimfx.candidates import LAYOUTS
+from slimfx.cli_arguments import names_in
 from slimfx.errors import BudgetError
 from slimfx.recipe import Recipe
 
@@ -77,7 +78,7 @@ def recipe_for(
         if text is not None or layouts is not None:
             raise typer.BadParameter("--text and --layouts go with a budget; give --bits or others")
         return recipe or "joint"
-    options: dict[str, Any] = {} if layouts is None else {"layouts": _names(layouts)}
+    options: dict[str, Any] = {} if layouts is None else {"layouts": names_in(layouts)}
     return fit(
         *(program, target, data),
         recipe=recipe or "joint-q",
@@ -127,7 +128,3 @@ def _number(text: str, option: str, form: str) -> tuple[float, str]:
     if found is None:
         raise BudgetError(f"{option} {text}: give {form}")
     return float(found[1]), found[2]
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import seconds, show
+from slimfx.cli_arguments import program_of
 from slimfx.runtime.unread import prepare_allocator
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub name, or a .pt2 file.")]
@@ -41,7 +41,7 @@ def plan(
     prepare_allocator()  # as compress does, whose time is measured
     began = time.perf_counter()
     with show.line("plan"):
-        program = _program(model)
+        program = program_of(model, weights=False)
         captured = time.perf_counter() - began
         planned = slimfx.plan(program, recipe)
         took = seconds.predict(program, recipe, processes) if timed else None
@@ -76,7 +76,3 @@ def plan(
         )
     Console().print(table)
     show.values(totals, False)
-
-
-def _program(model: str) -> ExportedProgram:
-    return slimfx.load(model) if model.endswith(".pt2") else slimfx.capture(model, weights=False)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-import slimfx
 from slimfx import show
-from slimfx.report import Report, dense_report, report
+from slimfx.cli_arguments import names_in, program_of
+from slimfx.report import dense_report, report
 from slimfx.report_page import page
 from slimfx.runtime import archive
-from slimfx.stepper import is_artifact
 
 Artifacts = Annotated[
     list[Path], typer.Argument(help="A .pt2 file, or two to see side by side.", metavar="A [B]")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The page to write.")]
-Text = Annotated[str | None, typer.Option(help="Held-out text: the perplexity on it is measured.")]
+Text = Annotated[
+    str | None,
+    typer.Option(help="Held-out text: the perplexity on it, of encoders the cosine to --dense."),
+]
+Tasks = Annotated[str | None, typer.Option(help="Tasks of lm-eval, as slimfx eval takes them.")]
 Dense = Annotated[
     str | None, typer.Option(help="The model before compression, a folder or .pt2, beside them.")
 ]
@@ -30,6 +33,8 @@ def write_report(
     text: Text = None,
     dense: Dense = None,
     samples: Annotated[int | None, typer.Option(help="Windows of --text at most.")] = None,
+    tasks: Tasks = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task at most.")] = None,
     timed: Annotated[
         bool, typer.Option("--time", help="Time its linears on this CPU, beside floats.")
     ] = False,
@@ -41,15 +46,21 @@ def write_report(
     """
     if len(artifacts) > 2:
         raise typer.BadParameter(f"{len(artifacts)} artifacts; a page has one, or two side by side")
+    if limit is not None and tasks is None:
+        raise typer.BadParameter("--limit is for --tasks; of --text it is --samples")
+    quality: dict[str, Any] = {"text": text, "samples": samples, "limit": limit}
+    quality["tasks"] = names_in(tasks)
     with show.line("report") as tell:
+        steps = len(artifacts) + 1
+        before = program_of(dense) if dense else None
         reports = []
         for i, path in enumerate(artifacts):
-            tell(i / (len(artifacts) + 1), path.name)
-            reports.append(report(path, text=text, samples=samples, timed=timed))
-        tell(len(artifacts) / (len(artifacts) + 1), dense or f"write {output}")
-        before = _dense(dense, text, samples) if dense else None
+            tell(i / steps, path.name)
+            reports.append(report(path, dense=before, timed=timed, **quality))
+        tell(len(artifacts) / steps, dense or f"write {output}")
+        beside = dense_report(before, Path(dense).name, **quality) if before and dense else None
         with archive.atomic(output) as temporary:
-            written = page(reports, before).encode()
+            written = page(reports, beside).encode()
             temporary.write_bytes(written)
     figures = {"file": str(output), "bytes": len(written)}
     for each in reports:
@@ -57,8 +68,3 @@ def write_report(
     show.values(figures, as_json)
     if not all(each.passed for each in reports):
         raise typer.Exit(3)
-
-
-def _dense(model: str, text: str | None, samples: int | None) -> Report:
-    program = slimfx.load(model) if is_artifact(model) else slimfx.capture(model)
-    return dense_report(program, Path(model).name, text=text, samples=samples)

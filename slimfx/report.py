@@ -8,7 +8,7 @@ import math
 import statistics
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import LayerReport, Manifest, manifest_of
 from slimfx.runtime.pack import row_count
 from slimfx.runtime.targets import pt2
+from slimfx.tasks import TaskScore, run_tasks
 
 _PARTS = {
     **{"values": "codes", "codes": "codes", "indices": "positions", "mask": "positions"},
@@ -82,6 +83,7 @@ class Report:
     quality: Quality | None = None
     speeds: tuple[Speed, ...] = ()
     """Of the linears on this CPU, where that was asked for."""
+    scores: tuple[TaskScore, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -131,19 +133,30 @@ LAYER_COLUMNS = {
 
 
 def report(
-    path: str | Path, *, text: Any = None, samples: int | None = None, timed: bool = False
+    path: str | Path,
+    *,
+    text: Any = None,
+    samples: int | None = None,
+    dense: ExportedProgram | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    timed: bool = False,
 ) -> Report:
     """Look at a `.pt2` that slimfx wrote, and ask it its recorded inputs again.
 
     Args:
-        text: what to measure the perplexity on, a source as in `slimfx.data`; None: nothing.
-        samples: how many windows of it at most.
+        text: what to measure the perplexity on, for encoders the cosine to the dense model's
+            embeddings; a source as in `slimfx.data`, None: nothing.
+        samples: how many windows or documents of it at most.
+        dense: the program before compression, which encoders are compared with.
+        tasks: of lm-eval, as `slimfx.tasks.run_tasks` takes them.
+        limit: documents of each task at most.
         timed: also measure how fast this CPU runs its linears, which takes a C++ compiler.
 
     Raises:
         ArtifactError: missing, damaged or unsafe, or machine code, which has no layers.
         CalibrationError: too little text, or no tokenizer.
-        SlimError: a text for an encoder.
+        SlimError: a text for an encoder and no `dense`; as `run_tasks`.
     """
     path = Path(path)
     if path.is_dir() or target_of(path) != "pt2":
@@ -162,13 +175,20 @@ def report(
         weights=tuple(_weights(held, shared, left, manifest, sizes)),
         kernels=kernels_of(linears),
         golden=golden,
-        quality=_perplexity(program, text, samples),
+        quality=_quality(program, text, samples, dense),
+        scores=run_tasks(program, tasks, limit=limit) if tasks else (),
         speeds=speeds_of(linears) if timed else (),
     )
 
 
 def dense_report(
-    program: ExportedProgram, name: str, *, text: Any = None, samples: int | None = None
+    program: ExportedProgram,
+    name: str,
+    *,
+    text: Any = None,
+    samples: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
 ) -> Report:
     """What there is to say of a program before compression: the bytes of its tensors, its quality.
 
@@ -176,19 +196,31 @@ def dense_report(
         CalibrationError, SlimError: as `report`.
     """
     size = sum(tensor.nbytes for tensor in _held(program)[0].values())
-    quality = _perplexity(program, text, samples)
-    return Report(name, size, Manifest(), (), (), (), "", quality)
+    quality = None if _is_encoder(program) else _quality(program, text, samples)
+    scores = run_tasks(program, tasks, limit=limit) if tasks else ()
+    return Report(name, size, Manifest(), (), (), (), "", quality, scores=scores)
 
 
-def _perplexity(program: ExportedProgram, text: Any, samples: int | None) -> Quality | None:
+def _is_encoder(program: ExportedProgram) -> bool:
+    return "attention_mask" in tensor_inputs(program)
+
+
+def _quality(
+    program: ExportedProgram,
+    text: Any,
+    samples: int | None,
+    dense: ExportedProgram | None = None,
+) -> Quality | None:
     if text is None:
         return None
-    if "attention_mask" in tensor_inputs(program):
+    if not _is_encoder(program):
+        return evaluate(program, text, samples=samples)
+    if dense is None:
         raise SlimError(
-            "a program that takes an attention_mask is an encoder, which has no perplexity; leave "
-            "the text out, and compare it with the dense model by: slimfx eval --dense"
+            "a program that takes an attention_mask is an encoder, which has no perplexity; give "
+            "the model before compression as well (dense=, --dense), which it is compared with"
         )
-    return evaluate(program, text, samples=samples)
+    return evaluate(program, text, dense=dense, samples=samples)
 
 
 def _checked(manifest: Manifest, name: str) -> Manifest:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -62,15 +63,17 @@ def page(reports: Sequence[Report], dense: Report | None = None) -> str:
     return html.encode(errors="xmlcharrefreplace").decode()  # a file may name half a surrogate pair
 
 
+_Figure = tuple[Callable[[Report], Any], str]
 _RATIOS = ("bytes", "bits a compressed weight", "perplexity")
-_FIGURES: Mapping[str, tuple[Callable[[Report], Any], str]] = {
+_FIGURES: Mapping[str, _Figure] = {
     "bytes": (lambda r: r.bytes, ",d"),
     "bits a compressed weight": (lambda r: r.bits_per_weight, ".3f"),
     "compressed linears": (lambda r: len(r.manifest.layers) or None, "d"),
     "linears left as they are": (lambda r: len(r.manifest.skipped) or None, "d"),
     "signal to noise, median of the layers, dB": (lambda r: r.snr, ".2f"),
     "signal to noise, lowest, dB": (lambda r: lowest(r.manifest.layers), ".2f"),
-    "perplexity": (lambda r: r.quality.value if r.quality else None, ",.2f"),
+    "perplexity": (lambda r: _measured(r, "perplexity"), ",.2f"),
+    "cosine to the dense model's embeddings": (lambda r: _measured(r, "cosine"), ".4f"),
     "tokens it was measured on": (lambda r: r.quality.tokens if r.quality else None, ",d"),
     "recorded inputs, asked again here": (lambda r: _golden(r), ""),
 }
@@ -82,7 +85,7 @@ def _glance(named: Mapping[str, Report], dense: Report | None) -> Section:
     if dense is not None:
         both["dense"] = dense
     names, rows = list(both), []
-    for figure, (of, spec) in _FIGURES.items():
+    for figure, (of, spec) in {**_FIGURES, **_tasks(both.values())}.items():
         values = [of(report) for report in both.values()]
         values = [None if value != value or value == "" else value for value in values]
         if any(value is not None for value in values):
@@ -99,6 +102,26 @@ def _glance(named: Mapping[str, Report], dense: Report | None) -> Section:
     return Section(
         "At a glance", (), (Table("Figures of the whole", columns, cells),), sortable=False
     )
+
+
+def _measured(report: Report, metric: str) -> float | None:
+    return report.quality.value if report.quality and report.quality.metric == metric else None
+
+
+def _tasks(reports: Iterable[Report]) -> dict[str, _Figure]:
+    """A figure for each metric of each task, with its standard error."""
+    found = dict.fromkeys(
+        (score.task, score.metric) for report in reports for score in report.scores
+    )
+
+    def of(report: Report, key: tuple[str, str]) -> str | None:
+        known = {(score.task, score.metric): score for score in report.scores}
+        score = known.get(key)
+        if score is None:
+            return None
+        return f"{score.value:.3f}" + ("" if score.stderr is None else f" ± {score.stderr:.3f}")
+
+    return {f"{task}, {metric}": (partial(of, key=(task, metric)), "") for task, metric in found}
 
 
 def _ratio(first: Any, second: Any = None) -> str:

@@ -114,6 +114,7 @@ def test_only_the_command_line_knows_the_terminal() -> None:
         *("typer", "rich", "slimfx.cli", "slimfx.cli_bench", "slimfx.cli_bench_kernels"),
         *("slimfx.cli_bench_model", "slimfx.cli_export"),
         *(
+            "slimfx.cli_arguments",
             "slimfx.cli_budget",
             "slimfx.cli_finetune",
             "slimfx.cli_plan",
@@ -201,18 +202,18 @@ def test_no_function_is_longer_than_60_lines(path: Path) -> None:
     assert long == []
 
 
-def test_no_file_is_longer_than_400_lines_and_all_together_26750() -> None:
+def test_no_file_is_longer_than_400_lines_and_all_together_26800() -> None:
     """9000 until CPU kernels, their packages, the torch.compile backend and benches came in, 11000
     until GPU kernels, the cache, three targets and the imports did, 21000 until fine-tuning and
     cuSPARSELt's form did, 26500 until `plan --time` measured saving and larger layers, 26600
-    until a report timed the linears of a file.
+    until a report had speed and scores.
     """
     lines = {
         name: len(path.read_text(encoding="utf-8").splitlines())
         for name, path in zip(NAMES, SOURCES, strict=True)
     }
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert sum(lines.values()) <= 26750
+    assert sum(lines.values()) <= 26800
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

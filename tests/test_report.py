@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import RECIPES, captured, case, compressed, ids
+from models import RECIPES, captured, case, compressed, demo_lm, ids
 from slimfx.passes.find_linears import find_linears, storage_key
 from slimfx.runtime.manifest import LayerReport, Manifest, attach, manifest_of
 from slimfx.runtime.select import Form, Layer, select
@@ -23,6 +23,7 @@ from slimfx import errors
 from slimfx.errors import ArtifactError, SlimError
 from slimfx.report import Report, dense_report, report
 from slimfx.report_kernels import GPUS, kernels_of, linears_of
+from slimfx.tasks import run_tasks
 
 KINDS = ("mlp", "tied", "qwen2")
 
@@ -190,10 +191,23 @@ def test_perplexity_is_that_of_evaluate(tmp_path: Path) -> None:
     assert dense.bytes == sum(tensors_of(captured("llama")).values())
 
 
-def test_an_encoder_has_no_perplexity() -> None:
-    with pytest.raises(SlimError, match="has no perplexity; leave the text out"):
-        dense_report(captured("bert"), "dense", text=ids(1, 300))
-    assert dense_report(captured("bert"), "dense").quality is None
+def test_an_encoder_is_compared_with_the_dense_model(tmp_path: Path) -> None:
+    batches, dense = case("bert").batches, captured("bert")
+    path = saved(compressed("bert", "slim-q"), tmp_path / "small.pt2")
+    with pytest.raises(SlimError, match=r"has no perplexity; give the model before compression"):
+        report(path, text=batches)
+    found = report(path, text=batches, dense=dense)
+    assert found.quality == slimfx.evaluate(slimfx.load(path), batches, dense=dense)
+    assert found.quality is not None and 0.5 < found.quality.value < 1
+    assert dense_report(dense, "dense", text=batches).quality is None
+
+
+def test_scores_are_those_of_run_tasks(tmp_path: Path) -> None:
+    dense = demo_lm()
+    path = saved(dense, tmp_path / "dense.pt2")
+    found = report(path, tasks=["continuation"], limit=4)
+    assert found.scores == run_tasks(dense, ["continuation"], limit=4) != ()
+    assert dense_report(dense, "dense", tasks=["continuation"], limit=4).scores == found.scores
 
 
 @pytest.mark.parametrize("name", ["", "model.onnx", "model.pte"])

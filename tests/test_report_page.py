@@ -23,6 +23,7 @@ from slimfx.evaluate import Quality
 from slimfx.report import Report, Weight, report
 from slimfx.report_page import page
 from slimfx.report_plots import snr_plot
+from slimfx.tasks import TaskScore
 
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"' {{ 7 * 7 }}"
 TEXT = st.text(st.characters(exclude_categories=()))
@@ -189,6 +190,18 @@ def test_the_dense_model_stands_beside() -> None:
     assert {"7.12", "6.79 dense", "4,000,000,000 dense", "1,022"} <= set(texts)
     texts = Parsed(page([a, a], dense)).texts
     assert {"7.12", "6.79", "dense"} <= set(texts)
+
+
+def test_scores_and_cosine_stand_at_the_top() -> None:
+    score = TaskScore("piqa", "acc", 0.75, 0.0123, 400, 0)
+    a = of_layers(layer("x"))
+    a = dataclasses.replace(a, scores=(score,), quality=Quality("cosine", 0.97654, 8, 96))
+    better = dataclasses.replace(score, value=0.8, stderr=None)
+    other = dataclasses.replace(better, task="mmlu")
+    dense = Report("dense", 10, Manifest(), (), (), (), "", scores=(better, other))
+    texts = Parsed(page([a], dense)).texts
+    assert {"piqa, acc", "0.750 ± 0.012", "0.800 dense", "mmlu, acc"} <= set(texts)
+    assert "0.9765" in texts and "perplexity" not in texts
 
 
 @pytest.mark.parametrize(
