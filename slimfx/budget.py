@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from glob import escape
 from typing import Any
 
@@ -24,33 +23,12 @@ from slimfx.passes.find_linears import find_linears
 from slimfx.plan import plan
 from slimfx.recipe import Recipe
 from slimfx.sensitivity import is_language_model
-from slimfx.steps import LayerRecipe, Override
+from slimfx.steps import LayerRecipe, Override, Target
 
 _TRIES, _CLOSE = 4, 0.9
 """Attempts at most until a size or loss holds, and the share of a loss that is near enough."""
 _WINDOWS = 48
 """Of held-out text."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What to reach; one of the four."""
-
-    bits: float | None = None
-    """Stored bits for each weight of the linears, scales and adapters included, at most."""
-    size: float | None = None
-    """Bytes of the file at most."""
-    loss: float | None = None
-    """Relative increase of perplexity on held-out text at most."""
-    latency: float | None = None
-    """Seconds that all linears take for one token on this processor at most (`latency`)."""
-
-    def __post_init__(self) -> None:
-        given = [value for value in dataclasses.astuple(self) if value is not None]
-        if len(given) != 1:
-            raise BudgetError("a budget is one of bits, size, loss and latency; give exactly one")
-        if not (math.isfinite(given[0]) and given[0] > 0):
-            raise BudgetError(f"a budget of {given[0]} is impossible; it must be above 0")
 
 
 def fit(
@@ -68,7 +46,8 @@ def fit(
 
     Args:
         calibration: as for `compress`.
-        recipe: what holds for all layers: solver, kind of adapter, what to skip.
+        recipe: what holds for all layers: solver, kind of adapter, what to skip; its own budget
+            does not count.
         layouts: those of `LAYOUTS` that a layer may have.
         text: held-out text that a loss is measured on, as in `slimfx.data`.
         remembered: as for `candidates`.
@@ -77,6 +56,9 @@ def fit(
         BudgetError: the target is impossible; names the nearest possible.
     """
     base, tell = Recipe.load(recipe), progress or (lambda share, what: None)
+    base = dataclasses.replace(base, budget=None)
+    if any(tensor.is_meta for tensor in program.state_dict.values()):
+        raise BudgetError("a search reads all weights more than once: capture with weights=True")
     if target.loss is not None and not is_language_model(program):
         raise BudgetError("a loss is one of perplexity, which needs a language model; give a size")
     search = candidates(

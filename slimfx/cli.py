@@ -135,7 +135,7 @@ def compress(
     """
     began = time.perf_counter()
     pt2.check_target(output, form)
-    target = cli_budget.target_of(bits, target_size, max_loss, target_latency)
+    target = cli_budget.target_of(bits, target_size, max_loss, target_latency, recipe)
     read = is_artifact(model) or target is not None  # a search reads all weights more than once
     folder = output.with_name(f".{output.name}.journal")
     prepare_allocator()

@@ -51,10 +51,14 @@ def target_of(
     target_size: str | None,
     max_loss: str | None,
     target_latency: str | None = None,
+    recipe: str | None = None,
 ) -> Target | None:
-    """The budget that the options ask for, if any."""
+    """The budget that the options or the recipe ask for, if any."""
+    budget = None if recipe is None else Recipe.load(recipe).budget
     if (bits, target_size, max_loss, target_latency) == (None,) * 4:
-        return None
+        return budget
+    if budget is not None:
+        raise BudgetError(f"{recipe} has a budget, and the command another; leave one out")
     return Target(
         bits=bits,
         size=None if target_size is None else _bytes(target_size),

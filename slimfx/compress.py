@@ -66,7 +66,8 @@ def compress(
 
     Args:
         program: any exported program with linears; its dynamic shapes survive.
-        recipe: a Recipe, a preset's name or the path of a YAML file.
+        recipe: a Recipe, a preset's name or the path of a YAML file; one with a budget is searched
+            first, as `slimfx.budget.fit` does.
         calibration: a source as in `slimfx.data`; None takes the English that comes with Python.
         progress: told how far the work is.
         journal: keeps each block as it is finished, and has those an earlier run of the same job
@@ -75,13 +76,19 @@ def compress(
             must be in a folder that all of them see. All get the same result.
 
     Raises:
-        PlanError, CalibrationError, SolveError: nothing is half done; the message names the layers.
+        PlanError, BudgetError, CalibrationError, SolveError: nothing is half done; the message
+            names the layers.
         JournalError: the journal is of another job; names what differs.
         SlimError: another process has ended.
     """
-    recipe = Recipe.load(recipe)
+    recipe, tell = Recipe.load(recipe), progress or (lambda share, what: None)
     if any(tensor.is_meta and place_of(tensor) is None for tensor in program.state_dict.values()):
         raise PlanError('the program has no weights: capture it with weights=True or "unread"')
+    if recipe.budget is not None:
+        from slimfx.budget import fit  # compresses, too
+
+        recipe = fit(program, recipe.budget, calibration, recipe=recipe, progress=_half(tell, 0))
+        tell = _half(tell, 1)
     planned = {row.name: row for row in plan(program, recipe).rows}
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}
     sites = [site for site in find_linears(program) if site.name not in skipped]
@@ -91,7 +98,6 @@ def compress(
     made = {"batches": len(batches), "sha256": data.digest(program, batches)}
     if journal is not None:
         ranks.once(lambda: begin(journal, _fingerprint(job, made)))
-    tell = progress or (lambda share, what: None)
 
     found: Layers = {}
     halved = recipe.calibration.activations == "bfloat16"
@@ -117,6 +123,10 @@ class _Job:
     masks: dict[str, Tensor]
     """Of the layers whose recipe takes them from a file."""
     journal: Journal | None
+
+
+def _half(tell: Progress, which: int) -> Progress:
+    return lambda share, what: tell((which + share) / 2, what)
 
 
 def _layer(recipe: Recipe, site: Site) -> LayerRecipe:

@@ -20,7 +20,7 @@ class PlanError(SlimError):
     """The recipe does not fit the program; every problem is listed with the line that solves it."""
 
 
-class BudgetError(SlimError):
+class BudgetError(RecipeError):
     """A size or loss that cannot be reached, or a recipe that cannot be searched from."""
 
 

@@ -127,6 +127,11 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
             each with the line of the recipe that solves it.
     """
     recipe = Recipe.load(recipe)
+    if recipe.budget is not None:
+        raise PlanError(
+            "what a budget comes to is searched with calibration data: compress does it, or plan "
+            "the recipe of slimfx.budget.fit"
+        )
     sites = find_linears(program)
     _refuse_problems(sites, recipe)
     tables = {table.fqn: table for table in tables_to_replace(program, recipe)}

@@ -23,6 +23,7 @@ from slimfx.steps import (
     Prune,
     Quantize,
     Solve,
+    Target,
     Transform,
     Tune,
     at_least,
@@ -88,6 +89,8 @@ class Recipe:
     """Patterns of layers to leave as they are (see `matches`)."""
     overrides: tuple[Override, ...] = ()
     """The last matching one wins, key by key."""
+    budget: Target | None = None
+    """What `compress` searches first: layouts, ranks and bits of adapters, layer by layer."""
 
     def __post_init__(self) -> None:
         one_of("embeddings", self.embeddings, (None, 8, 16))

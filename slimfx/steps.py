@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from slimfx.errors import RecipeError
+from slimfx.errors import BudgetError, RecipeError
 from slimfx.methods import COMPENSATORS, PRUNERS, QUANTIZERS
 from slimfx.methods.masks import NofM, Pattern, Unstructured
 from slimfx.methods.quantized import BITS
@@ -209,6 +209,27 @@ class Override:
     transform: Any = field(default_factory=dict)
     inputs: Any = field(default_factory=dict)
     """Keys that differ from the recipe's own, or null to leave the step out."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to reach; one of the four."""
+
+    bits: float | None = None
+    """Stored bits for each weight of the linears, scales and adapters included, at most."""
+    size: float | None = None
+    """Bytes of the file at most."""
+    loss: float | None = None
+    """Relative increase of perplexity on held-out text at most."""
+    latency: float | None = None
+    """Seconds that all linears take for one token on this processor at most (`latency`)."""
+
+    def __post_init__(self) -> None:
+        given = [value for value in astuple(self) if value is not None]
+        if len(given) != 1:
+            raise BudgetError("a budget is one of bits, size, loss and latency; give exactly one")
+        if not (math.isfinite(given[0]) and given[0] > 0):
+            raise BudgetError(f"a budget of {given[0]} is impossible; it must be above 0")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from models import DEMO, captured, case
 from slimfx.passes.find_linears import find_linears
+from slimfx.runtime.manifest import manifest_of
 from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import budget
 from slimfx.budget import Target, fit
 from slimfx.candidates import LAYOUTS, Candidates, candidates
-from slimfx.errors import BudgetError
+from slimfx.errors import BudgetError, PlanError
 from slimfx.plan import plan
 from slimfx.recipe import Calibration, Recipe
 
@@ -100,6 +101,29 @@ def test_only_the_layouts_that_are_given_are_used() -> None:
     )
     layouts = {r.layout for r in plan(captured("llama"), recipe).rows if not r.skipped}
     assert layouts <= {"2:4 int4", "int4"}
+
+
+def test_a_recipe_with_a_budget_is_searched_and_then_compressed() -> None:
+    kind, target = "llama", Target(bits=4.2)
+    asked, shares = dataclasses.replace(JOINT, budget=target), []
+    small = slimfx.compress(
+        *(captured(kind), asked, case(kind).batches),
+        progress=lambda share, what: shares.append(share),
+    )
+    recipe = fit(captured(kind), target, case(kind).batches)
+    assert manifest_of(small).recipe == recipe.to_dict() and recipe.budget is None
+    assert shares == sorted(shares) and min(shares) < 0.1 and max(shares) > 0.9
+
+
+@pytest.mark.parametrize("weights", [False, "unread"])
+def test_a_search_needs_the_weights(weights: bool | str) -> None:
+    with pytest.raises(BudgetError, match="capture with weights=True"):
+        fit(slimfx.capture(DEMO, max_length=64, weights=weights), Target(bits=4.2))
+
+
+def test_a_plan_does_not_search() -> None:
+    with pytest.raises(PlanError, match=r"searched with calibration data: compress does it"):
+        plan(captured("llama"), dataclasses.replace(JOINT, budget=Target(bits=4.2)))
 
 
 def test_the_same_search_twice_is_the_same_recipe_and_draws_nothing() -> None:

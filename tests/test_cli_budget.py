@@ -14,6 +14,8 @@ from test_cli import from_json, run
 
 from slimfx import cli_budget
 from slimfx.budget import Target
+from slimfx.errors import BudgetError
+from slimfx.recipe import Recipe
 
 RECIPE = """
 preset: joint-q
@@ -58,6 +60,22 @@ def test_bits_are_those_of_the_file(demo: tuple[Path, Path], tmp_path: Path) -> 
     assert said["bytes"] == out.stat().st_size <= 1.01 * said["bytes_planned"]
     manifest = pt2.read_manifest(out)
     assert len(manifest.recipe["overrides"]) == len(manifest.layers) == 4
+
+
+def test_a_budget_in_the_recipe_is_that_of_the_option(
+    demo: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dense, plain = demo
+    recipe, out = tmp_path / "budget.yaml", tmp_path / "small.pt2"
+    recipe.write_text(f"{plain.read_text()}budget: {{bits: 4.2}}\n")
+    from_json(run("compress", dense, "-o", out, "-r", recipe, "--json"))
+    asked, other = pt2.read_manifest(out), tmp_path / "other.pt2"
+    from_json(run("compress", dense, "-o", other, "-r", plain, "--bits", 4.2, "--json"))
+    assert asked.recipe == pt2.read_manifest(other).recipe
+    done = run("compress", dense, "-o", out, "-r", recipe, "--bits", 4)
+    assert done.code == 1 and "has a budget, and the command another; leave one out" in done.err
+    with pytest.raises(BudgetError, match="give exactly one"):
+        Recipe.from_yaml("budget: {bits: 3, loss: 0.1}")
 
 
 def test_a_target_size_is_the_size_of_the_file(demo: tuple[Path, Path], tmp_path: Path) -> None:

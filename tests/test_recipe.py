@@ -22,6 +22,7 @@ from slimfx.steps import (
     Prune,
     Quantize,
     Solve,
+    Target,
     Transform,
     Tune,
 )
@@ -97,6 +98,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         calibration=Calibration(draw(counts), draw(counts), draw(counts), draw(counts)),
         skip=tuple(draw(st.lists(patterns, max_size=3))),
         overrides=tuple(draw(st.lists(override, max_size=2))),
+        budget=draw(st.sampled_from([None, Target(bits=3.5), Target(loss=0.02)])),
     )
 
 
@@ -236,6 +238,8 @@ def test_an_unknown_key_like_no_other_gets_no_guess() -> None:
         ("inputs: {format: true}", "inputs.format"),
         ("tune: {epochs: 1.5}", "tune.epochs"),
         ("tune: {rate: x}", "tune.rate"),
+        ("budget: {bits: few}", "budget.bits"),
+        ("budget: 3.5", "budget"),
         ("quantize: slim-quant", "quantize"),
         ("prune: [2, 4]", "prune"),
         ("prune: {n: null}", "prune.n"),
