@@ -9,6 +9,7 @@ import typer
 
 from slimfx import show
 from slimfx.cli_arguments import names_in, program_of
+from slimfx.errors import need
 from slimfx.report import dense_report, report
 from slimfx.report_page import page
 from slimfx.runtime import archive
@@ -32,11 +33,13 @@ def write_report(
     output: Output = Path("report.html"),
     text: Text = None,
     dense: Dense = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of --text at most.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Windows or documents of --text at most.")
+    ] = None,
     tasks: Tasks = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task at most.")] = None,
     timed: Annotated[
-        bool, typer.Option("--time", help="Time its linears on this CPU, beside floats.")
+        bool, typer.Option("--time", help="Time its linears on this CPU, beside floats; takes g++.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -48,6 +51,10 @@ def write_report(
         raise typer.BadParameter(f"{len(artifacts)} artifacts; a page has one, or two side by side")
     if limit is not None and tasks is None:
         raise typer.BadParameter("--limit is for --tasks; of --text it is --samples")
+    if tasks is not None and not names_in(tasks):
+        raise typer.BadParameter("--tasks names none; the one without data is continuation")
+    if tasks is not None:
+        need("lm_eval")  # before the work, not after it
     quality: dict[str, Any] = {"text": text, "samples": samples, "limit": limit}
     quality["tasks"] = names_in(tasks)
     with show.line("report") as tell:

@@ -23,11 +23,12 @@ from torch.nn.functional import linear
 
 from slimfx import remember
 from slimfx.bench_kernels import COPIES, in_rounds
+from slimfx.errors import SlimError
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.plan import adapter_layout, layout_of
 from slimfx.recipe import Recipe
 from slimfx.runtime.cpu_ops import Form
-from slimfx.runtime.inductor.direct import Sizes, calls, memory
+from slimfx.runtime.inductor.direct import Sizes, bytes_read, calls, memory
 from slimfx.runtime.interleave import LANES, whole
 from slimfx.steps import LayerRecipe
 
@@ -63,7 +64,7 @@ def table(linears: Iterable[Sizes], *, copies: int = COPIES) -> dict[Sizes, floa
         copies: bytes of the memory that weights are read from.
     """
     wanted = dict.fromkeys(linears)
-    key = {"cpu": _cpu(), "threads": torch.get_num_threads(), "copies": copies}
+    key = {"cpu": cpu(), "threads": torch.get_num_threads(), "copies": copies}
     known: dict[str, float] = remember.recall("latency", key) or {}
     missing = [each for each in wanted if str(each) not in known]
     if missing:
@@ -73,11 +74,21 @@ def table(linears: Iterable[Sizes], *, copies: int = COPIES) -> dict[Sizes, floa
 
 
 def measured(linears: Iterable[Sizes], *, copies: int = COPIES) -> dict[Sizes, float]:
-    """As `table`, here and now."""
+    """As `table`, here and now.
+
+    Raises:
+        SlimError: the kernels cannot be compiled.
+    """
     wanted = list(dict.fromkeys(linears))
-    pool = memory(max(copies, max(4 * each.N * each.K for each in wanted)))
-    with torch.no_grad():
-        taken = in_rounds([_calls(each, pool) for each in wanted], _SECONDS)
+    pool = memory(max(copies, *map(_bytes, wanted)) if wanted else 0)
+    try:
+        with torch.no_grad():
+            taken = in_rounds([_calls(each, pool) for each in wanted], _SECONDS)
+    except RuntimeError as error:
+        raise SlimError(
+            f"this CPU's kernels cannot be compiled ({str(error).splitlines()[0]}); install g++ or "
+            f"clang"
+        ) from error
     return {each: min(times) for each, times in zip(wanted, taken, strict=True)}
 
 
@@ -103,6 +114,11 @@ def _sizes(site: Site, how: LayerRecipe | None) -> Sizes | None:
     return None if any(form.group % LANES for form in forms) else Sizes(N, K, rank, tuple(forms))
 
 
+def _bytes(sizes: Sizes) -> int:
+    bits = sizes.forms[0].bits if sizes.forms[0].where == "floats" else 0
+    return sizes.N * sizes.K * bits // 8 if bits else bytes_read(sizes)
+
+
 def _calls(sizes: Sizes, pool: Tensor) -> Iterator[Callable[[], Any]]:
     if sizes.forms[0].where != "floats":
         return calls(sizes, pool)
@@ -116,7 +132,7 @@ def _float_calls(N: int, K: int, pool: Tensor) -> Iterator[Callable[[], Any]]:
             yield partial(linear, x, pool[start : start + N * K].view(N, K))
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The processor's name as Linux has it, else what Python knows, and what torch compiles for."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []

@@ -24,7 +24,7 @@ from slimfx.passes.compressed_linears import CompressedLinear
 from slimfx.passes.find_linears import PREFIX, find_linears, storage_key
 from slimfx.passes.inputs import tensor_inputs
 from slimfx.report_kernels import Kernel, kernels_of, linears_of
-from slimfx.report_speed import Speed, speeds_of
+from slimfx.report_speed import Speeds, speeds_of
 from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import LayerReport, Manifest, manifest_of
 from slimfx.runtime.pack import row_count
@@ -81,7 +81,7 @@ class Report:
     golden: CheckResult | str
     """How it answers its recorded inputs here, or why that cannot be asked."""
     quality: Quality | None = None
-    speeds: tuple[Speed, ...] = ()
+    speeds: Speeds | None = None
     """Of the linears on this CPU, where that was asked for."""
     scores: tuple[TaskScore, ...] = ()
 
@@ -177,7 +177,7 @@ def report(
         golden=golden,
         quality=_quality(program, text, samples, dense),
         scores=run_tasks(program, tasks, limit=limit) if tasks else (),
-        speeds=speeds_of(linears) if timed else (),
+        speeds=speeds_of(linears) if timed else None,
     )
 
 

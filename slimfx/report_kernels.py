@@ -37,9 +37,7 @@ class Kernel:
 
 def linears_of(program: ExportedProgram) -> dict[str, CompressedLinear]:
     """Layer -> its compressed linear; the ATen form, whose ops are written out, has none."""
-    specs = input_specs(program)
-
-    found = {}
+    specs, found = input_specs(program), {}
     for linear in compressed_linears(program.graph, reader(program)):
         placeholder = linear.base.args[1]
         assert isinstance(placeholder, Node)
@@ -52,7 +50,7 @@ def kernels_of(linears: Mapping[str, CompressedLinear]) -> tuple[Kernel, ...]:
     """For each way of storing a linear, the kernels of every device."""
     alike = Counter(_stored(linear) for linear in linears.values())
     return tuple(
-        Kernel(count, _described(stored.layer), *row)
+        Kernel(count, described(stored.layer), *row)
         for stored, count in alike.items()
         for row in _rows(stored)
     )
@@ -67,15 +65,19 @@ class _Stored:
     no_gpu: str | None
 
 
+def layer_of(linear: CompressedLinear) -> select.Layer:
+    """How a linear is stored."""
+    first, *adapters = (gpu_layout.form_of(*each) for each in linear.matrices())
+    return select.Layer(first, tuple(adapters), value_of(linear.x).dtype)
+
+
 def _stored(linear: CompressedLinear) -> _Stored:
     matrices = linear.matrices()
-    first, *adapters = (gpu_layout.form_of(*each) for each in matrices)
-    layer = select.Layer(first, tuple(adapters), value_of(linear.x).dtype)
     reasons = [
         next((why for each in matrices if (why := why_not(*each))), None)
         for why_not in (interleave.why_not, gpu_layout.why_not)
     ]
-    return _Stored(layer, *reasons)
+    return _Stored(layer_of(linear), *reasons)
 
 
 def _rows(stored: _Stored) -> Iterator[tuple[str, str, str, str]]:
@@ -100,7 +102,8 @@ def _against(choice: select.Choice, where: str) -> str:
     return "; ".join(f"{name}: {choice.why_not[name]}" for name in own)
 
 
-def _described(layer: select.Layer) -> str:
+def described(layer: select.Layer) -> str:
+    """In words."""
     forms = [
         f"{form}{f' in groups of {form.group}' if form.group else ''}"
         for form in (layer.weight, *layer.adapters)

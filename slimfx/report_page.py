@@ -15,6 +15,7 @@ from markupsafe import Markup
 from slimfx.report import LAYER_COLUMNS, Report
 from slimfx.report_layers import WORDS, compared_table, kinds_table, layers_plot, lowest
 from slimfx.report_plots import Plot
+from slimfx.report_speed import Speeds
 from slimfx.tables import Table, environment, shown, table
 
 
@@ -119,7 +120,9 @@ def _tasks(reports: Iterable[Report]) -> dict[str, _Figure]:
         score = known.get(key)
         if score is None:
             return None
-        return f"{score.value:.3f}" + ("" if score.stderr is None else f" ± {score.stderr:.3f}")
+        error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+        cut = f", {score.cut} cut" if score.cut else ""
+        return f"{score.value:.3f}{error} ({score.samples} documents{cut})"
 
     return {f"{task}, {metric}": (partial(of, key=(task, metric)), "") for task, metric in found}
 
@@ -219,38 +222,45 @@ def _speed(named: Mapping[str, Report]) -> Iterator[Section]:
     columns = {
         "out x in": ("shape", ""),
         "linears": ("linears", "d"),
-        "stored as": ("stored", ""),
         "rank": ("rank", "d"),
         "microseconds": ("microseconds", ",.1f"),
         "in floats": ("in_floats", ",.1f"),
-        "times as fast": ("speedup", ".1f"),
+        "times as fast": ("speedup", ".2f"),
         "of the memory limit": ("share", "bar"),
         "notes": ("note", ""),
+        "stored as": ("stored", ""),
     }
-    timed = {mark: report for mark, report in named.items() if report.speeds}
+    timed = {mark: r.speeds for mark, r in named.items() if r.speeds is not None}
     tables = [
-        table(_captioned("One row of x, one linear", mark), columns, report.speeds)
-        for mark, report in timed.items()
+        table(_captioned("One row of x, one linear", mark), columns, speeds.rows)
+        for mark, speeds in timed.items()
+        if speeds.rows
     ]
-    words = [
-        "Measured on the CPU that wrote this page, each linear by itself with its weight in memory "
-        "and not in a cache; a compiled program also joins those that read the same x. The memory "
-        "limit is the fastest plain read.",
-        *(
-            f"{report.name}: all its linears together {_together(report)}."
-            for report in timed.values()
-        ),
-    ]
-    if timed:
-        yield Section("Speed on this CPU", tuple(words), tables)
+    for speeds in list(timed.values())[:1]:
+        about = (
+            f"Measured on {speeds.cpu} with {speeds.threads} threads, each linear by itself, its "
+            f"weights one after the other out of 200 MB or more; a compiled program also joins "
+            f"those that read the same x. The memory limit is the fastest plain read, "
+            f"{speeds.gb_per_second:.1f} GB/s."
+        )
+        words = [f"{named[mark].name}: {_together(each)}" for mark, each in timed.items()]
+        yield Section("Speed on this CPU", (about, *words), tables)
 
 
-def _together(report: Report) -> str:
+def _together(speeds: Speeds) -> str:
+    """The sum over the linears, and how many it leaves out."""
+    count = sum(row.linears for row in speeds.rows)
+    left = f" No kernel takes {speeds.left} others; torch runs them." if speeds.left else ""
+    if not count:
+        return f"no compressed linear was timed.{left}"
     ours, plain = (
-        sum(row.linears * getattr(row, name) for row in report.speeds) / 1e3
+        sum(row.linears * getattr(row, name) for row in speeds.rows) / 1e3
         for name in ("microseconds", "in_floats")
     )
-    return f"take {ours:.3g} ms for a row, {plain:.3g} ms in floats: {plain / ours:.1f} times"
+    return (
+        f"{count} linears, each run once for a row, take {ours:.3g} ms, {plain:.3g} ms in floats: "
+        f"{plain / ours:.1f} times.{left}"
+    )
 
 
 def _weights(named: Mapping[str, Report]) -> Section:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,11 @@ def int4(N: int, K: int) -> PackedDense:
     return PackedDense(codes, torch.full((N, groups), 1e-3).bfloat16(), 4, 128)
 
 
-def test_a_compiled_program_takes_as_long_as_was_predicted(tmp_path: Path) -> None:
-    """Weights of 57 MB, more than the caches hold, as the table's are; 0.95 to 1.2 seen."""
+def test_a_compiled_program_takes_as_long_as_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 57 MB, the table's too: on some servers a cache holds both, or neither."""
+    monkeypatch.setattr(latency, "table", partial(latency.table, copies=57_000_000))
     narrow, wide = WIDE
     pairs = ((narrow, wide), (wide, narrow)) * 3
     layers = [nn.utils.skip_init(nn.Linear, *pair, bias=False) for pair in pairs]

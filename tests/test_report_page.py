@@ -193,14 +193,19 @@ def test_the_dense_model_stands_beside() -> None:
 
 
 def test_scores_and_cosine_stand_at_the_top() -> None:
-    score = TaskScore("piqa", "acc", 0.75, 0.0123, 400, 0)
+    score = TaskScore("piqa", "acc", 0.75, 0.0123, 400, 3)
     a = of_layers(layer("x"))
     a = dataclasses.replace(a, scores=(score,), quality=Quality("cosine", 0.97654, 8, 96))
-    better = dataclasses.replace(score, value=0.8, stderr=None)
+    better = dataclasses.replace(score, value=0.8, stderr=None, cut=0)
     other = dataclasses.replace(better, task="mmlu")
     dense = Report("dense", 10, Manifest(), (), (), (), "", scores=(better, other))
     texts = Parsed(page([a], dense)).texts
-    assert {"piqa, acc", "0.750 ± 0.012", "0.800 dense", "mmlu, acc"} <= set(texts)
+    assert {
+        "piqa, acc",
+        "0.750 ± 0.012 (400 documents, 3 cut)",
+        "0.800 (400 documents) dense",
+        "mmlu, acc",
+    } <= set(texts)
     assert "0.9765" in texts and "perplexity" not in texts
 
 
