@@ -33,7 +33,7 @@ fuzz: $(VENV)/ready  ## FUZZ_RUNS executions on loader, recipe and manifest, gui
 
 coverage: $(VENV)/ready  ## lines and branches of slimfx, passes and runtime that the tests reach
 	$(RUN)/python -m pip install --quiet 'coverage>=7.10'
-	$(RUN)/coverage run -m pytest -q -m "not slow" && $(RUN)/coverage combine
+	$(RUN)/coverage run -m pytest -q -n 2 -m "not slow and not trust" && $(RUN)/coverage combine
 	$(RUN)/coverage report
 
 mutants: $(VENV)/ready  ## MUTANTS, files: how many small changes of each, of 40, the tests of its name find
