@@ -239,8 +239,8 @@ def _speed(named: Mapping[str, Report]) -> Iterator[Section]:
     for speeds in list(timed.values())[:1]:
         about = (
             f"Measured on {speeds.cpu} with {speeds.threads} threads, each linear by itself, its "
-            f"weights one after the other out of 200 MB or more; a compiled program also joins "
-            f"those that read the same x. The memory limit is the fastest plain read, "
+            f"weights one after the other out of more than any cache holds; a compiled program "
+            f"also joins those that read the same x. The memory limit is the fastest plain read, "
             f"{speeds.gb_per_second:.1f} GB/s."
         )
         words = [f"{named[mark].name}: {_together(each)}" for mark, each in timed.items()]

@@ -30,6 +30,15 @@ LIMITS = {
 """Largest errors, in standard deviations; seen 0.0072, 0.0072 and 0.022, others below 1e-6."""
 
 
+def test_copies_are_larger_than_the_caches_that_linux_names(tmp_path: Path) -> None:
+    for i, size in enumerate(("48K", "2048K", "266240K")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(f"{size}\n")
+    assert bench_kernels.largest_cache(tmp_path) == 266240 << 10
+    assert bench_kernels.largest_cache(tmp_path / "none") == 0
+    assert bench_kernels.COPIES >= max(200_000_000, 2 * bench_kernels.largest_cache())
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[KernelRow]:
     told: list[tuple[float, str]] = []
