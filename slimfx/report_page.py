@@ -17,6 +17,7 @@ from slimfx.report_layers import WORDS, compared_table, kinds_table, layers_plot
 from slimfx.report_plots import Plot
 from slimfx.report_speed import Speeds
 from slimfx.tables import Table, environment, shown, table
+from slimfx.tasks import TaskScore
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,20 @@ def _measured(report: Report, metric: str) -> float | None:
 
 
 def _tasks(reports: Iterable[Report]) -> dict[str, _Figure]:
-    """A figure for each metric of each task, with its standard error."""
-    found = dict.fromkeys(
-        (score.task, score.metric) for report in reports for score in report.scores
-    )
+    """A figure for each metric of each task, with its standard error and what was cut."""
 
-    def of(report: Report, key: tuple[str, str]) -> str | None:
-        known = {(score.task, score.metric): score for score in report.scores}
-        score = known.get(key)
+    def named(score: TaskScore) -> str:
+        return f"{score.task}, {score.metric}, {score.samples} documents"
+
+    def of(report: Report, name: str) -> str | None:
+        score = {named(each): each for each in report.scores}.get(name)
         if score is None:
             return None
         error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
-        cut = f", {score.cut} cut" if score.cut else ""
-        return f"{score.value:.3f}{error} ({score.samples} documents{cut})"
+        return f"{score.value:.3f}{error}" + (f" ({score.cut} cut)" if score.cut else "")
 
-    return {f"{task}, {metric}": (partial(of, key=(task, metric)), "") for task, metric in found}
+    names = dict.fromkeys(named(score) for report in reports for score in report.scores)
+    return {name: (partial(of, name=name), "") for name in names}
 
 
 def _ratio(first: Any, second: Any = None) -> str:
