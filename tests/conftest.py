@@ -23,10 +23,10 @@ LONG = (
         "e2e/test_experts.py",
         "e2e/test_embeddings.py",
     ),
-    "test_ranks.py",
+    *("test_ranks.py", "test_budget.py", "test_cli_budget.py"),
 )
-"""Files of `make test-long`: kernels and deployment targets, which compile, and what trains; `make
-test` has all others.
+"""Files of `make test-long`: kernels and deployment targets, which compile, what trains and what
+searches; `make test` has all others.
 """
 
 
