@@ -38,10 +38,12 @@ def main(folder: str = ".") -> None:
     torch.manual_seed(0)
     model, (x, y) = Regressor(), data(8192, 1)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
     for _ in range(150):
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
+        falling.step()
 
     dense = slimfx.capture(model, (x[:2],))
     small = slimfx.compress(dense, "joint-q", calibration=[x[:2048]])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from slimfx import show
 from slimfx.cli_arguments import names_in, program_of
 from slimfx.errors import need
-from slimfx.report import dense_report, report
+from slimfx.report import Measures, dense_report, report
 from slimfx.report_page import page
 from slimfx.runtime import archive
 
@@ -51,21 +51,21 @@ def write_report(
         raise typer.BadParameter(f"{len(artifacts)} artifacts; a page has one, or two side by side")
     if limit is not None and tasks is None:
         raise typer.BadParameter("--limit is for --tasks; of --text it is --samples")
-    if tasks is not None and not names_in(tasks):
+    chosen = names_in(tasks)
+    if tasks is not None and not chosen:
         raise typer.BadParameter("--tasks names none; the one without data is continuation")
-    if tasks is not None:
+    if chosen:
         need("lm_eval")  # before the work, not after it
-    quality: dict[str, Any] = {"text": text, "samples": samples, "limit": limit}
-    quality["tasks"] = names_in(tasks)
+    measures = Measures(text, samples, chosen, limit)
     with show.line("report") as tell:
         steps = len(artifacts) + 1
         before = program_of(dense) if dense else None
         reports = []
         for i, path in enumerate(artifacts):
             tell(i / steps, path.name)
-            reports.append(report(path, dense=before, timed=timed, **quality))
+            reports.append(report(path, measures, dense=before, timed=timed))
         tell(len(artifacts) / steps, dense or f"write {output}")
-        beside = dense_report(before, Path(dense).name, **quality) if before and dense else None
+        beside = dense_report(before, Path(dense).name, measures) if before and dense else None
         with archive.atomic(output) as temporary:
             written = page(reports, beside).encode()
             temporary.write_bytes(written)

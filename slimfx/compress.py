@@ -87,8 +87,9 @@ def compress(
     if recipe.budget is not None:
         from slimfx.budget import fit  # compresses, too
 
-        recipe = fit(program, recipe.budget, calibration, recipe=recipe, progress=_half(tell, 0))
-        tell = _half(tell, 1)
+        first = partial(_tell_share, tell, 0.0, 0.5)
+        recipe = fit(program, recipe.budget, calibration, recipe=recipe, progress=first)
+        tell = partial(_tell_share, tell, 0.5, 0.5)
     planned = {row.name: row for row in plan(program, recipe).rows}
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}
     sites = [site for site in find_linears(program) if site.name not in skipped]
@@ -123,10 +124,6 @@ class _Job:
     masks: dict[str, Tensor]
     """Of the layers whose recipe takes them from a file."""
     journal: Journal | None
-
-
-def _half(tell: Progress, which: int) -> Progress:
-    return lambda share, what: tell((which + share) / 2, what)
 
 
 def _layer(recipe: Recipe, site: Site) -> LayerRecipe:

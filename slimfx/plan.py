@@ -128,10 +128,7 @@ def plan(program: ExportedProgram, recipe: Recipe | str = "joint") -> Plan:
     """
     recipe = Recipe.load(recipe)
     if recipe.budget is not None:
-        raise PlanError(
-            "what a budget comes to is searched with calibration data: compress does it, or plan "
-            "the recipe of slimfx.budget.fit"
-        )
+        raise PlanError("a budget is searched with data: compress does it, or slimfx.budget.fit")
     sites = find_linears(program)
     _refuse_problems(sites, recipe)
     tables = {table.fqn: table for table in tables_to_replace(program, recipe)}

@@ -132,31 +132,41 @@ LAYER_COLUMNS = {
 }
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What to measure a program's quality by."""
+
+    text: Any = None
+    """A source as in `slimfx.data`: perplexity on it, of encoders the cosine to the dense model's
+    embeddings; None: neither."""
+    samples: int | None = None
+    """Windows or documents of it at most."""
+    tasks: Sequence[str] = ()
+    """Of lm-eval, as `slimfx.tasks.run_tasks` takes them."""
+    limit: int | None = None
+    """Documents of each task at most."""
+
+
+_NONE = Measures()
+
+
 def report(
     path: str | Path,
+    measures: Measures = _NONE,
     *,
-    text: Any = None,
-    samples: int | None = None,
     dense: ExportedProgram | None = None,
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
     timed: bool = False,
 ) -> Report:
     """Look at a `.pt2` that slimfx wrote, and ask it its recorded inputs again.
 
     Args:
-        text: what to measure the perplexity on, for encoders the cosine to the dense model's
-            embeddings; a source as in `slimfx.data`, None: nothing.
-        samples: how many windows or documents of it at most.
         dense: the program before compression, which encoders are compared with.
-        tasks: of lm-eval, as `slimfx.tasks.run_tasks` takes them.
-        limit: documents of each task at most.
         timed: also measure how fast this CPU runs its linears, which takes a C++ compiler.
 
     Raises:
         ArtifactError: missing, damaged or unsafe, or machine code, which has no layers.
         CalibrationError: too little text, or no tokenizer.
-        SlimError: a text for an encoder and no `dense`; as `run_tasks`.
+        SlimError: a text for an encoder and no `dense`; no compiler; as `run_tasks`.
     """
     path = Path(path)
     if path.is_dir() or target_of(path) != "pt2":
@@ -175,52 +185,46 @@ def report(
         weights=tuple(_weights(held, shared, left, manifest, sizes)),
         kernels=kernels_of(linears),
         golden=golden,
-        quality=_quality(program, text, samples, dense),
-        scores=run_tasks(program, tasks, limit=limit) if tasks else (),
+        quality=_quality(program, measures, dense),
+        scores=_scores(program, measures),
         speeds=speeds_of(linears) if timed else None,
     )
 
 
-def dense_report(
-    program: ExportedProgram,
-    name: str,
-    *,
-    text: Any = None,
-    samples: int | None = None,
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-) -> Report:
+def dense_report(program: ExportedProgram, name: str, measures: Measures = _NONE) -> Report:
     """What there is to say of a program before compression: the bytes of its tensors, its quality.
 
     Raises:
         CalibrationError, SlimError: as `report`.
     """
     size = sum(tensor.nbytes for tensor in _held(program)[0].values())
-    quality = None if _is_encoder(program) else _quality(program, text, samples)
-    scores = run_tasks(program, tasks, limit=limit) if tasks else ()
-    return Report(name, size, Manifest(), (), (), (), "", quality, scores=scores)
+    quality = None if _is_encoder(program) else _quality(program, measures)
+    return Report(
+        *(name, size, Manifest(), (), (), (), ""), quality, scores=_scores(program, measures)
+    )
 
 
 def _is_encoder(program: ExportedProgram) -> bool:
     return "attention_mask" in tensor_inputs(program)
 
 
+def _scores(program: ExportedProgram, measures: Measures) -> tuple[TaskScore, ...]:
+    return run_tasks(program, measures.tasks, limit=measures.limit) if measures.tasks else ()
+
+
 def _quality(
-    program: ExportedProgram,
-    text: Any,
-    samples: int | None,
-    dense: ExportedProgram | None = None,
+    program: ExportedProgram, measures: Measures, dense: ExportedProgram | None = None
 ) -> Quality | None:
-    if text is None:
+    if measures.text is None:
         return None
     if not _is_encoder(program):
-        return evaluate(program, text, samples=samples)
+        return evaluate(program, measures.text, samples=measures.samples)
     if dense is None:
         raise SlimError(
             "a program that takes an attention_mask is an encoder, which has no perplexity; give "
             "the model before compression as well (dense=, --dense), which it is compared with"
         )
-    return evaluate(program, text, dense=dense, samples=samples)
+    return evaluate(program, measures.text, dense=dense, samples=measures.samples)
 
 
 def _checked(manifest: Manifest, name: str) -> Manifest:

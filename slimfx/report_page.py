@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -199,11 +199,7 @@ def _kernels(named: Mapping[str, Report]) -> Section:
         "why not those before it": ("why_not", ""),
         "stored as": ("stored", ""),
     }
-    tables = tuple(
-        table(_captioned("Kernels by device", mark), columns, report.kernels)
-        for mark, report in named.items()
-        if report.kernels
-    )
+    tables = _tables("Kernels by device", columns, {mark: r.kernels for mark, r in named.items()})
     words = (
         "Rows of x are the tokens of a call. Machine code for CPUs comes from export --to aoti or "
         "torch.compile, for GPUs from torch.compile.",
@@ -217,8 +213,11 @@ def _kernels(named: Mapping[str, Report]) -> Section:
     return Section("Kernels", words, tables)
 
 
-def _speed(named: Mapping[str, Report]) -> Iterator[Section]:
-    """Nothing where nothing was timed."""
+def _speed(named: Mapping[str, Report]) -> list[Section]:
+    """None where nothing was timed."""
+    timed = {mark: r.speeds for mark, r in named.items() if r.speeds is not None}
+    if not timed:
+        return []
     columns = {
         "out x in": ("shape", ""),
         "linears": ("linears", "d"),
@@ -230,21 +229,16 @@ def _speed(named: Mapping[str, Report]) -> Iterator[Section]:
         "notes": ("note", ""),
         "stored as": ("stored", ""),
     }
-    timed = {mark: r.speeds for mark, r in named.items() if r.speeds is not None}
-    tables = [
-        table(_captioned("One row of x, one linear", mark), columns, speeds.rows)
-        for mark, speeds in timed.items()
-        if speeds.rows
-    ]
-    for speeds in list(timed.values())[:1]:
-        about = (
-            f"Measured on {speeds.cpu} with {speeds.threads} threads, each linear by itself, its "
-            f"weights one after the other out of more than any cache holds; a compiled program "
-            f"also joins those that read the same x. The memory limit is the fastest plain read, "
-            f"{speeds.gb_per_second:.1f} GB/s."
-        )
-        words = [f"{named[mark].name}: {_together(each)}" for mark, each in timed.items()]
-        yield Section("Speed on this CPU", (about, *words), tables)
+    rows = {mark: speeds.rows for mark, speeds in timed.items()}
+    here = next(iter(timed.values()))  # the same machine for both
+    words = (
+        f"Measured on {here.cpu} with {here.threads} threads, each linear by itself, its weights "
+        f"one after the other out of more than any cache holds; a compiled program also joins "
+        f"those that read the same x. The memory limit is the fastest plain read, "
+        f"{here.gb_per_second:.1f} GB/s.",
+        *(f"{named[mark].name}: {_together(each)}" for mark, each in timed.items()),
+    )
+    return [Section("Speed on this CPU", words, _tables("One row of x, one linear", columns, rows))]
 
 
 def _together(speeds: Speeds) -> str:
@@ -253,10 +247,8 @@ def _together(speeds: Speeds) -> str:
     left = f" No kernel takes {speeds.left} others; torch runs them." if speeds.left else ""
     if not count:
         return f"no compressed linear was timed.{left}"
-    ours, plain = (
-        sum(row.linears * getattr(row, name) for row in speeds.rows) / 1e3
-        for name in ("microseconds", "in_floats")
-    )
+    ours = sum(row.linears * row.microseconds for row in speeds.rows) / 1e3
+    plain = sum(row.linears * row.in_floats for row in speeds.rows) / 1e3
     return (
         f"{count} linears, each run once for a row, take {ours:.3g} ms, {plain:.3g} ms in floats: "
         f"{plain / ours:.1f} times.{left}"
@@ -271,10 +263,7 @@ def _weights(named: Mapping[str, Report]) -> Section:
         "bytes": ("bytes", ",d"),
         "why, and what was out of the ordinary": ("why", ""),
     }
-    tables = tuple(
-        table(_captioned("Every weight", mark), columns, report.weights)
-        for mark, report in named.items()
-    )
+    tables = _tables("Every weight", columns, {mark: r.weights for mark, r in named.items()})
     return Section("Every weight", (), tables, folded=True)
 
 
@@ -314,6 +303,13 @@ def _flat(value: Any) -> dict[str, str]:
         else:
             found[key] = "none" if value is None else str(value)
     return found
+
+
+def _tables(
+    caption: str, columns: Mapping[str, tuple[str, str]], rows: Mapping[str, Sequence[Any]]
+) -> list[Table]:
+    """One for each artifact that has rows."""
+    return [table(_captioned(caption, m), columns, each) for m, each in rows.items() if each]
 
 
 def _captioned(caption: str, mark: str) -> str:

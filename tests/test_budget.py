@@ -122,7 +122,7 @@ def test_a_search_needs_the_weights(weights: bool | str) -> None:
 
 
 def test_a_plan_does_not_search() -> None:
-    with pytest.raises(PlanError, match=r"searched with calibration data: compress does it"):
+    with pytest.raises(PlanError, match=r"searched with data: compress does it"):
         plan(captured("llama"), dataclasses.replace(JOINT, budget=Target(bits=4.2)))
 
 

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 import slimfx
 from slimfx import errors
 from slimfx.errors import ArtifactError, SlimError
-from slimfx.report import Report, dense_report, report
+from slimfx.report import Measures, Report, dense_report, report
 from slimfx.report_kernels import GPUS, kernels_of, linears_of
 from slimfx.tasks import run_tasks
 
@@ -184,9 +184,9 @@ def test_a_program_of_torch_alone_has_a_report(tmp_path: Path) -> None:
 def test_perplexity_is_that_of_evaluate(tmp_path: Path) -> None:
     text = ids(1, 300)
     path = saved(compressed("llama", "slim-q"), tmp_path / "small.pt2")
-    found = report(path, text=text, samples=3)
+    found = report(path, Measures(text, samples=3))
     assert found.quality == slimfx.evaluate(slimfx.load(path), text, samples=3)
-    dense = dense_report(captured("llama"), "dense", text=text, samples=3)
+    dense = dense_report(captured("llama"), "dense", Measures(text, samples=3))
     assert dense.quality == slimfx.evaluate(captured("llama"), text, samples=3)
     assert dense.bytes == sum(tensors_of(captured("llama")).values())
 
@@ -195,19 +195,20 @@ def test_an_encoder_is_compared_with_the_dense_model(tmp_path: Path) -> None:
     batches, dense = case("bert").batches, captured("bert")
     path = saved(compressed("bert", "slim-q"), tmp_path / "small.pt2")
     with pytest.raises(SlimError, match=r"has no perplexity; give the model before compression"):
-        report(path, text=batches)
-    found = report(path, text=batches, dense=dense)
+        report(path, Measures(batches))
+    found = report(path, Measures(batches), dense=dense)
     assert found.quality == slimfx.evaluate(slimfx.load(path), batches, dense=dense)
     assert found.quality is not None and 0.5 < found.quality.value < 1
-    assert dense_report(dense, "dense", text=batches).quality is None
+    assert dense_report(dense, "dense", Measures(batches)).quality is None
 
 
 def test_scores_are_those_of_run_tasks(tmp_path: Path) -> None:
     dense = demo_lm()
     path = saved(dense, tmp_path / "dense.pt2")
-    found = report(path, tasks=["continuation"], limit=4)
+    measures = Measures(tasks=["continuation"], limit=4)
+    found = report(path, measures)
     assert found.scores == run_tasks(dense, ["continuation"], limit=4) != ()
-    assert dense_report(dense, "dense", tasks=["continuation"], limit=4).scores == found.scores
+    assert dense_report(dense, "dense", measures).scores == found.scores
 
 
 @pytest.mark.parametrize("name", ["", "model.onnx", "model.pte"])

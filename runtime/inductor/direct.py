@@ -18,6 +18,8 @@ from slimfx.runtime.inductor.cpu_linear import CONSTANTS, library
 from slimfx.runtime.interleave import LANES, whole
 from torch import Tensor
 
+from slimfx.errors import SlimError
+
 _SOURCE = r"""
 %s
 extern "C" void run(const float* x, int64_t inputs, const slimfx::Part* part, float* y) {
@@ -55,7 +57,7 @@ def calls(sizes: Sizes, pool: Tensor) -> Iterator[Callable[[], Tensor]]:
     all return the same y.
 
     Raises:
-        RuntimeError: the compiler failed.
+        SlimError: there is no compiler, or it failed.
     """
     run = _compiled(*((form.where, form.bits) for form in sizes.forms))
     x, y = torch.ones(whole(sizes.K)), torch.empty(sizes.N)
@@ -104,10 +106,17 @@ def _tile_bytes(form: Form, K: int) -> int:
 @functools.cache
 def _compiled(*kinds: tuple[str, int]) -> Callable[..., Any]:
     from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     names = [f"slimfx::Stored<slimfx::{CONSTANTS[where]}, {bits}>" for where, bits in kinds]
     stored = ", ".join(names if len(names) == 3 else names * 3)
-    run = CppCodeCache.load(_SOURCE % (library(), stored), needs_vec_isa=True).run
+    try:
+        run = CppCodeCache.load(_SOURCE % (library(), stored), needs_vec_isa=True).run
+    except (CppCompileError, InvalidCxxCompiler) as error:
+        raise SlimError(
+            f"this CPU's kernels cannot be compiled ({str(error).splitlines()[0]}); install g++ or "
+            f"clang"
+        ) from error
     run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
     run.restype = None
     return run

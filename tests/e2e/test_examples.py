@@ -52,8 +52,8 @@ def test_answers_stay_near(name: str, tmp_path: Path) -> None:
 
 def test_a_module_of_ones_own(tmp_path: Path) -> None:
     dense, small = map(float, re.findall(r"error ([\d.]+)", said("own_module", tmp_path)))
-    assert dense < 0.25  # 0.209 seen
-    assert small < 2 * dense  # 0.31 to 0.34 seen: rounding decides where the training ends
+    assert dense < 0.25  # 0.204 seen
+    assert small < 1.6 * dense  # 1.29 to 1.39 seen with three seeds, on one thread and on two
 
 
 @pytest.mark.slow
