@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from slimfx.runtime.gpu_layout import COUNT, dense_weight, read_fragments, read_stored
@@ -250,10 +250,10 @@ def _decode(x: Tensor, held: Held) -> Tensor:
 
 
 def _portable(x: Tensor, held: Held) -> Tensor:
-    """A product for each matrix, on any GPU."""
+    """On any GPU, x L^T and then the rest; a product for each matrix if adapters are not int4."""
     from slimfx.runtime.kernels.bitmask import bitmask
     from slimfx.runtime.kernels.portable_24 import portable_24
-    from slimfx.runtime.kernels.portable_int4 import portable_int4
+    from slimfx.runtime.kernels.portable_int4 import low_of, portable_int4
 
     products: dict[str, Any] = {"dense": portable_int4, "2:4": portable_24, "bitmask": bitmask}
 
@@ -262,6 +262,9 @@ def _portable(x: Tensor, held: Held) -> Tensor:
         return linear(x, W.to(x.dtype)) if where == "floats" else products[where](x, W)
 
     W, *adapters = _stored(x, held)
+    if adapters and all(form.where == "dense" for form in held.forms[1:]):
+        L, R = adapters
+        return cast(Tensor, products[held.forms[0].where](x, W, low=low_of(x, L, R, held.rows)))
     return _adapted_(times(x, 0, W), x, adapters, held, times)
 
 

@@ -202,18 +202,19 @@ def test_no_function_is_longer_than_60_lines(path: Path) -> None:
     assert long == []
 
 
-def test_no_file_is_longer_than_400_lines_and_all_together_26900() -> None:
+def test_no_file_is_longer_than_400_lines_and_all_together_27200() -> None:
     """9000 until CPU kernels, their packages, the torch.compile backend and benches came in, 11000
     until GPU kernels, the cache, three targets and the imports did, 21000 until fine-tuning and
     cuSPARSELt's form did, 26500 until `plan --time` measured saving and larger layers, 26600
-    until a report had speed and scores and a recipe a budget.
+    until a report had speed and scores and a recipe a budget, 26900 until portable kernels took
+    adapters.
     """
     lines = {
         name: len(path.read_text(encoding="utf-8").splitlines())
         for name, path in zip(NAMES, SOURCES, strict=True)
     }
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert sum(lines.values()) <= 26900
+    assert sum(lines.values()) <= 27200
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

@@ -59,7 +59,8 @@ _SOURCE = r"""
     mask = (idx_m < M) & (idx_n < N)
     {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BN", "BM"))}}
 
-from slimfx.runtime.kernels.portable_int4 import add_product, tile_4
+from slimfx.runtime.kernels.portable import add_product
+from slimfx.runtime.kernels.portable_int4 import tile_4
 from slimfx.runtime.kernels.portable_24 import tile_24
 """
 _TILES = {

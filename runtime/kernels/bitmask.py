@@ -7,25 +7,30 @@ know where its own begin. Within a block the places follow from the mask: a sum 
 the bytes of each and over their bits.
 """
 
+# Jitted functions are Triton's language: constants are annotations.
+# mypy: disable-error-code="name-defined"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slimfx.runtime.kernels.portable_int4 import (
+from slimfx.runtime.kernels.portable import (
     BLOCK,
     How,
+    Low,
     Operand,
     add_product,
     as_words,
     block_of,
     check_group,
     check_sizes,
-    joined,
     product,
     put,
+    scaled,
 )
+from slimfx.runtime.kernels.portable_int4 import add_low, joined
 from slimfx.runtime.pack import FLOAT_BITS, PackedBitmask, unpack_bits
 from torch import Tensor
 
@@ -100,7 +105,12 @@ def inputs_of(scale: Tensor, group: int) -> int:
 
 
 def bitmask(
-    x: Tensor, weight: Bits, bias: Tensor | None = None, *, how: How | None = None
+    x: Tensor,
+    weight: Bits,
+    bias: Tensor | None = None,
+    *,
+    how: How | None = None,
+    low: Low | None = None,
 ) -> Tensor:
     """y [..., N] = x [..., K] W^T + bias, in the dtype of x; bfloat16, float16 or float32.
 
@@ -112,7 +122,7 @@ def bitmask(
     N = weight.mask.shape[0]
     constants = {"BITS": weight.bits}
     operand = Operand(tensors, weight.scale, N, weight.K, weight.group, constants)
-    return product(_product, x, operand, bias, how)
+    return product(product_kernel, x, operand, bias, how, low)
 
 
 @triton.jit
@@ -211,34 +221,20 @@ def tile_bits(values, word, number, BITS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    x,
-    values,
-    mask,
-    rows,
-    blocks,
-    scale,
-    bias,
-    y,
-    M,
-    N,
-    K,
-    steps,
-    scale_row,
-    GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRMT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BITS: tl.constexpr,
-):
+def product_kernel(
+    x, values, mask, rows, blocks, scale, bias, y, M, N, K, steps, scale_row,
+    z, R, R_scale, rank, z_row, R_scale_row, N1, N2, N3,
+    GROUP: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr, PRMT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr,
+    LOW: tl.constexpr, R_GROUP: tl.constexpr, R_BK: tl.constexpr,
+):  # fmt: skip
+    """As `portable_int4.product_kernel`."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(2) * BM + tl.arange(0, BM)
     row = tl.minimum(n, N - 1).to(tl.int64)  # what lies past the last row is not stored
+    turns = tl.cdiv(K, BK)
     first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, tl.cdiv(K, BK))
+    last = tl.minimum(first + steps, turns)
     width = tl.cdiv(K, 128) * 4
     begin, before = row_start(values, rows, row, BITS)
     word = mask + row[:, None] * width + (first * (BK // 32) + tl.arange(0, BK // 32))[None, :]
@@ -256,4 +252,10 @@ def _product(
         block += 1
         here += BK
         k += BK
-    put(acc, n, m, scale, bias, y, M, N, scale_row, GROUP, BIAS)
+    acc = scaled(acc, scale, row, scale_row, GROUP)
+    if LOW:
+        acc = add_low(
+            acc, row, m, z, R, R_scale, M, turns, steps, rank, z_row, R_scale_row, N1, N2, N3,
+            R_GROUP, HALF, PRMT, BN, R_BK,
+        )  # fmt: skip
+    put(acc, n, m, bias, y, M, N, BIAS)

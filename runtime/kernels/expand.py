@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from slimfx.runtime.kernels.bitmask import Bits, bits_of, inputs_of, row_start, tile_bits
+from slimfx.runtime.kernels.portable import check_sizes
 from slimfx.runtime.kernels.portable_24 import Words24, tile_24
-from slimfx.runtime.kernels.portable_int4 import Words4, check_sizes, joined, tile_4
+from slimfx.runtime.kernels.portable_int4 import Words4, joined, tile_4
 from slimfx.runtime.pack import FLOAT_BITS, Packed24, PackedBitmask, PackedDense, PackedMatrix
 from torch import Tensor
 from torch.nn.functional import linear

@@ -23,8 +23,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from slimfx.runtime.kernels.portable import as_words
 from slimfx.runtime.kernels.portable_24 import Words24
-from slimfx.runtime.kernels.portable_int4 import as_words, joined
+from slimfx.runtime.kernels.portable_int4 import joined
 from torch import Tensor
 from torch.nn.functional import pad
 

@@ -6,8 +6,11 @@ The stored bytes are read as they are, sixteen inputs of a row at once: a word o
 the two codes of each group of four, and sixteen bits with their positions. They become a tile of
 the dense weight in registers, which the tensor cores multiply. On NVIDIA each register of two
 values is one byte permutation of (both codes, 128, 0), picked by the positions; elsewhere codes are
-shifted to their places among four. Sums are float32, and those of parts of K are added in order.
+shifted to their places among four.
 """
+
+# Jitted functions are Triton's language: constants are annotations.
+# mypy: disable-error-code="name-defined"
 
 from __future__ import annotations
 
@@ -15,20 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slimfx.runtime.kernels.portable_int4 import (
+from slimfx.runtime.kernels.portable import (
     BLOCK,
     How,
+    Low,
     Operand,
     add_product,
     as_words,
     check_group,
     check_sizes,
-    joined,
-    pair,
     product,
     put,
-    slot,
+    scaled,
 )
+from slimfx.runtime.kernels.portable_int4 import add_low, joined, pair, slot
 from slimfx.runtime.pack import Packed24
 from torch import Tensor
 
@@ -98,13 +101,18 @@ def packed_24(weight: Words24) -> Packed24:
 
 
 def portable_24(
-    x: Tensor, weight: Words24, bias: Tensor | None = None, *, how: How | None = None
+    x: Tensor,
+    weight: Words24,
+    bias: Tensor | None = None,
+    *,
+    how: How | None = None,
+    low: Low | None = None,
 ) -> Tensor:
     """y [..., N] = x [..., K] W^T + bias, in the dtype of x; bfloat16, float16 or float32."""
     tensors = (weight.words, weight.places)
     N = weight.words.shape[0]
     operand = Operand(tensors, weight.scale, N, weight.K, weight.group, {})
-    return product(_product, x, operand, bias, how)
+    return product(product_kernel, x, operand, bias, how, low)
 
 
 def _table(place: int) -> tuple[int, int]:
@@ -202,31 +210,20 @@ def tile_24(word, place, HALF: tl.constexpr, PRMT: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    x,
-    words,
-    places,
-    scale,
-    bias,
-    y,
-    M,
-    N,
-    K,
-    steps,
-    scale_row,
-    GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRMT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+def product_kernel(
+    x, words, places, scale, bias, y, M, N, K, steps, scale_row,
+    z, R, R_scale, rank, z_row, R_scale_row, N1, N2, N3,
+    GROUP: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr, PRMT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    LOW: tl.constexpr, R_GROUP: tl.constexpr, R_BK: tl.constexpr,
+):  # fmt: skip
+    """As `portable_int4.product_kernel`."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(2) * BM + tl.arange(0, BM)
     row = tl.minimum(n, N - 1).to(tl.int64)  # what lies past the last row is not stored
+    turns = tl.cdiv(K, BK)
     first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, tl.cdiv(K, BK))
+    last = tl.minimum(first + steps, turns)
     # As a multiple of eight, so that the compiler knows that sixteen bytes can be read at once.
     at = (
         row[:, None] * (tl.cdiv(K, 128) * 8)
@@ -250,4 +247,10 @@ def _product(
         acc = add_product(tile, xt, s, acc, GROUP)
         word = next_word
         place = next_place
-    put(acc, n, m, scale, bias, y, M, N, scale_row, GROUP, BIAS)
+    acc = scaled(acc, scale, row, scale_row, GROUP)
+    if LOW:
+        acc = add_low(
+            acc, row, m, z, R, R_scale, M, turns, steps, rank, z_row, R_scale_row, N1, N2, N3,
+            R_GROUP, HALF, PRMT, BN, R_BK,
+        )  # fmt: skip
+    put(acc, n, m, bias, y, M, N, BIAS)

@@ -6,10 +6,12 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 Run = Callable[..., Any]
 """The fixture `run`."""
@@ -62,6 +64,34 @@ def compile(
     )
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def to(device: str, weight: Any) -> Any:
+    """A dataclass with its tensors on a device."""
+    tensors = {name: value for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    return replace(weight, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def portable(
+    kernel: Any, stored: Mapping[str, str], target: str, *, low: int | None = None, **own: Any
+) -> Any:
+    """A portable kernel for bfloat16 x, as `portable.product` launches it.
+
+    Args:
+        stored: type of each of the weight's tensors.
+        low: inputs of R that share a scale, if there are adapters.
+        own: constants, BM and GROUP among them.
+    """
+    from slimfx.runtime.kernels.portable import tl
+
+    types = {**dict.fromkeys(("x", "scale", "bias", "y", "z", "R_scale"), "*bf16"), "R": "*i32"}
+    numbers = ("M", "N", "K", "steps", "scale_row", "rank", "z_row", "R_scale_row", "N1", "N2")
+    types |= {**dict.fromkeys((*numbers, "N3"), "i32"), **stored}
+    adapters = {"LOW": low is not None, "R_GROUP": low or 0, "R_BK": low or 128}
+    constants = {"HALF": tl.bfloat16, "BIAS": True, "PRMT": target != "gfx942", "BN": 64}
+    constants |= {"BK": own["GROUP"] or 128, **adapters, **own}
+    given = {"stages": 1 if target == "gfx942" else 3, "multiples": ("N", "K", "rank", "z_row")}
+    return compile(kernel, types, constants, target, **given)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from cpu_linears import matrix
 from slimfx.runtime.kernels import bitmask as module
-from slimfx.runtime.kernels.bitmask import Bits, bitmask, bits_of, packed_bits, tl
-from slimfx.runtime.kernels.portable_int4 import How
+from slimfx.runtime.kernels.bitmask import bitmask, bits_of, packed_bits
+from slimfx.runtime.kernels.portable import How
 from slimfx.runtime.ops import linear_bitmask
 from slimfx.runtime.pack import PackedBitmask, pack_bitmask
 from torch import Tensor
@@ -38,12 +38,6 @@ def stored(bits: int, N: int, K: int, scales: str) -> PackedBitmask:
     return packed
 
 
-def to(device: str, weight: Bits) -> Bits:
-    """The same on a device."""
-    names = ("values", "mask", "rows", "blocks", "scale")
-    return replace(weight, **{name: getattr(weight, name).to(device) for name in names})
-
-
 def products(
     device: str,
     bits: int,
@@ -59,7 +53,7 @@ def products(
     x = torch.randn(1, M, K, generator=draw).to(dtype)
     b = torch.randn(N, generator=draw).bfloat16()
     packed = stored(bits, N, K, scales)
-    weight = to(device, bits_of(packed, K))
+    weight = offline.to(device, bits_of(packed, K))
     there, bias = x.to(device), b.to(device)
     y, again = (bitmask(there, weight, bias, how=How(split)) for _ in "12")
     rest = (packed.values, packed.mask, packed.scale, bits, packed.group)
@@ -89,7 +83,7 @@ def extremes(device: str) -> tuple[Tensor, Tensor]:
     stays[3, [0, 255]] = True
     values, mask = pack_bitmask(codes * stays, stays, 4)
     packed = PackedBitmask(values, mask, torch.ones(1, 1).bfloat16(), 4, 256)
-    y = bitmask(torch.eye(256, device=device), to(device, bits_of(packed, 256)))
+    y = bitmask(torch.eye(256, device=device), offline.to(device, bits_of(packed, 256)))
     return y.cpu(), (codes * stays).T.float()
 
 
@@ -136,18 +130,11 @@ def test_groups_that_end_within_a_product_are_refused() -> None:
 
 
 def compiled(target: str, bits: int, GROUP: int) -> Any:
-    """The kernel for up to 16 rows of a bfloat16 x, as `product` launches it."""
-    types = {
-        **{"x": "*bf16", "values": "*bf16" if bits == 16 else "*i32", "mask": "*i32"},
-        **{"rows": "*i64", "blocks": "*i32", "scale": "*bf16", "bias": "*bf16", "y": "*bf16"},
-        **{"M": "i32", "N": "i32", "K": "i32", "steps": "i32", "scale_row": "i32"},
-    }
-    constants = {
-        **{"GROUP": GROUP, "HALF": tl.bfloat16, "BIAS": True, "PRMT": False},
-        **{"BM": 16, "BN": 64, "BK": GROUP or 128, "BITS": bits},
-    }
-    given = {"warps": 4, "stages": 1, "multiples": ("N", "K")}
-    return offline.compile(module._product, types, constants, target, **given)
+    """The kernel for up to 16 rows of a bfloat16 x."""
+    values = "*bf16" if bits == 16 else "*i32"
+    stored = {"values": values, "mask": "*i32", "rows": "*i64", "blocks": "*i32"}
+    own = {"BM": 16, "GROUP": GROUP, "BITS": bits, "PRMT": False}
+    return offline.portable(module.product_kernel, stored, target, **own)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import offline
@@ -29,12 +28,6 @@ KINDS = [
 SHAPES = [(9, 132, "row", torch.bfloat16), (12, 300, "group", torch.float16)]
 
 
-def to(device: str, weight: Any) -> Any:
-    """A weight in whatever layout, on a device."""
-    values = {f.name: getattr(weight, f.name) for f in fields(weight)}
-    return replace(weight, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
-
-
 def reference(packed: PackedMatrix, K: int, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] as its op multiplies by it."""
     eye, rest = torch.eye(K, dtype=dtype), (packed.scale, packed.bits, packed.group)
@@ -55,7 +48,7 @@ def expanded(
     if words:
         laid_out = {"2:4": words_24, "dense": words_4, "bitmask": bits_of}
         weight = laid_out[kind[0]](packed, K)  # type: ignore[operator]
-    return expand(to(device, weight), K, dtype).cpu(), reference(packed, K, dtype)
+    return expand(offline.to(device, weight), K, dtype).cpu(), reference(packed, K, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]} {shape[2]}")
@@ -82,7 +75,7 @@ def odd_group(device: str, bits: int, group: int) -> tuple[Tensor, Tensor]:
     assert isinstance(packed, PackedBitmask)
     scale = torch.rand(5, -(-100 // group)).bfloat16()
     packed = replace(packed, scale=scale, group=group)
-    return expand(to(device, packed), 100, torch.float32).cpu(), reference(
+    return expand(offline.to(device, packed), 100, torch.float32).cpu(), reference(
         packed, 100, torch.float32
     )
 
@@ -103,12 +96,12 @@ def prefilled(device: str, adapters: str) -> tuple[Tensor, Tensor, Tensor]:
     )
     x = torch.randn(2, 20, 64, generator=draw)
     there = [
-        None if m is None else m.to(device) if isinstance(m, Tensor) else to(device, m)
+        None if m is None else m.to(device) if isinstance(m, Tensor) else offline.to(device, m)
         for m in (L, R)
     ]
     scratch = torch.empty(48, 64, device=device)
     assert isinstance(W, Packed24)
-    y = prefill(x.to(device), to(device, words_24(W, 64)), *there, scratch=scratch)
+    y = prefill(x.to(device), offline.to(device, words_24(W, 64)), *there, scratch=scratch)
     assert torch.equal(scratch.cpu(), reference(W, 64, torch.float32))
     wide = reference(W, 64, torch.float64)
     if L is not None and R is not None:
@@ -194,15 +187,17 @@ def test_it_compiles(target: str, where: str, bits: int) -> None:
 def narrow(built: Any, pointers: str) -> list[str]:
     """What a kernel adds to one of these pointers first, where it has only 32 bits."""
     found = []
-    text = built.asm["ttir"]
     for name in pointers.split():
-        splat = re.findall(rf"(%\w+) = tt.splat %{name} :", text)
-        starts = [*map(re.escape, splat), rf"%{name}"]
-        added = re.findall(rf"tt.addptr (?:{'|'.join(starts)}), .*", text)
+        starts, added = {f"%{name}"}, []
+        for line in built.asm["ttir"].splitlines():
+            new, _, what = line.strip().partition(" = ")
+            if what.startswith("tt.addptr ") and what.split()[1].rstrip(",") in starts:
+                added.append(what.split(" loc(")[0].rstrip())
+            starts.discard(new)  # names of one loop come again in the next
+            if what.startswith(f"tt.splat %{name} :"):
+                starts.add(new)
         assert added, name
-        found += [
-            line for line in added if not line.split(" loc(")[0].rstrip().endswith(("i64>", "i64"))
-        ]
+        found += [line for line in added if not line.endswith(("i64>", "i64"))]
     return found
 
 
@@ -211,9 +206,9 @@ def test_weights_may_have_more_than_two_to_the_31_inputs() -> None:
     assert narrow(compiled("sm_90", "dense", 8), "values W") == []
     assert narrow(compiled("sm_90", "bitmask", 4), "values places rows blocks W") == []
     for kernel, pointers in (
-        (portable_24, "x words places scale y"),
-        (portable_int4, "x words scale y"),
-        (bitmask, "x values mask rows blocks scale y"),
+        (portable_24, "x words places scale y z R R_scale"),
+        (portable_int4, "x words scale y z R R_scale"),
+        (bitmask, "x values mask rows blocks scale y z R R_scale"),
     ):
         built = product(kernel)
         assert narrow(built, pointers) == []
@@ -223,23 +218,13 @@ def test_weights_may_have_more_than_two_to_the_31_inputs() -> None:
 @pytest.mark.parametrize("kernel", [portable_24, portable_int4, bitmask], ids=lambda m: m.__name__)
 def test_numbers_that_are_one_become_constants(kernel: Any) -> None:
     """Triton compiles a kernel anew for an integer argument of 1."""
-    ones = dict.fromkeys(("M", "N", "steps", "scale_row"), 1)
+    ones = dict.fromkeys(("M", "N", "steps", "scale_row", "R_scale_row"), 1)
     assert offline.sass(product(kernel, **ones)).spills == 0
 
 
 def product(kernel: Any, **ones: int) -> Any:
     """One of the products, compiled."""
-    types = {
-        **{"x": "*bf16", "words": "*i32", "places": "*i16", "values": "*i32", "mask": "*i32"},
-        **{"rows": "*i64", "blocks": "*i32", "scale": "*bf16", "bias": "*bf16", "y": "*bf16"},
-        **{"M": "i32", "N": "i32", "K": "i32", "steps": "i32", "scale_row": "i32"},
-    }
-    constants: dict[str, Any] = {
-        **{"GROUP": 128, "HALF": tl.bfloat16, "BIAS": True, "PRMT": True},
-        **{"BM": 16, "BN": 64, "BK": 128},
-    }
-    constants |= ones
-    if kernel is bitmask:
-        constants["BITS"] = 4
-    wanted = {name: types[name] for name in kernel._product.arg_names if name in types}
-    return offline.compile(kernel._product, wanted, constants, "sm_90", stages=1)
+    stored = {"words": "*i32", "places": "*i16", "values": "*i32", "mask": "*i32"}
+    stored |= {"rows": "*i64", "blocks": "*i32"}
+    own = {"BM": 16, "GROUP": 128, "low": 128, **({"BITS": 4} if kernel is bitmask else {})}
+    return offline.portable(kernel.product_kernel, stored, "sm_90", **own, **ones)

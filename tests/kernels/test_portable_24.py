@@ -9,8 +9,8 @@ import pytest
 import torch
 from cpu_linears import matrix
 from slimfx.runtime.kernels import portable_24 as module
-from slimfx.runtime.kernels.portable_24 import Words24, packed_24, portable_24, tl, words_24
-from slimfx.runtime.kernels.portable_int4 import How
+from slimfx.runtime.kernels.portable import How
+from slimfx.runtime.kernels.portable_24 import packed_24, portable_24, words_24
 from slimfx.runtime.ops import linear_24
 from slimfx.runtime.pack import Packed24
 from torch import Tensor
@@ -38,12 +38,6 @@ def stored(N: int, K: int, scales: str) -> Packed24:
     return packed
 
 
-def to(device: str, weight: Words24) -> Words24:
-    """The same on a device."""
-    tensors = (weight.words, weight.places, weight.scale)
-    return Words24(*(tensor.to(device) for tensor in tensors), weight.K, weight.group)
-
-
 def products(
     device: str, M: int, N: int, K: int, scales: str, dtype: torch.dtype, split: int | None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -52,7 +46,7 @@ def products(
     x = torch.randn(1, M, K, generator=draw).to(dtype)
     b = torch.randn(N, generator=draw).bfloat16()
     packed = stored(N, K, scales)
-    weight = to(device, words_24(packed, K))
+    weight = offline.to(device, words_24(packed, K))
     ways = [How(split, prmt) for prmt in (False, True, True)]
     there, bias = x.to(device), b.to(device)
     y = [portable_24(there, weight, bias, how=how).cpu() for how in ways]
@@ -110,22 +104,10 @@ def test_what_no_kernel_takes_is_refused() -> None:
         portable_24(torch.zeros(1, 92), words_24(packed, 96))
 
 
-TYPES = {
-    **{"x": "*bf16", "words": "*i32", "places": "*i16", "scale": "*bf16", "bias": "*bf16"},
-    **{"y": "*bf16", "M": "i32", "N": "i32", "K": "i32", "steps": "i32", "scale_row": "i32"},
-}
-
-
-def compiled(target: str, BM: int, GROUP: int) -> Any:
-    """The kernel for bfloat16 x, as `product` launches it."""
-    BN = 64 if BM < 64 else 128
-    constants = {
-        **{"GROUP": GROUP, "HALF": tl.bfloat16, "BIAS": True, "PRMT": target != "gfx942"},
-        **{"BM": BM, "BN": BN, "BK": GROUP or 128},
-    }
-    warps = BN // 16
-    given = {"warps": warps, "stages": 1, "multiples": ("N", "K")}
-    return offline.compile(module._product, TYPES, constants, target, **given)
+def compiled(target: str, BM: int, GROUP: int, low: int | None = None) -> Any:
+    """The kernel for bfloat16 x."""
+    stored = {"words": "*i32", "places": "*i16"}
+    return offline.portable(module.product_kernel, stored, target, BM=BM, GROUP=GROUP, low=low)
 
 
 @pytest.mark.parametrize("BM", [16, 64])
@@ -133,11 +115,13 @@ def test_a_weight_takes_few_instructions_on_hopper(BM: int) -> None:
     code = offline.sass(compiled("sm_90", BM, 0))
     each = offline.per_weight(code, 64)
     print(f"sm_90, {BM} rows of x: {each:.2f} instructions a weight")
-    assert each <= 5.5
+    assert each <= 5.75  # 4.5 if x were waited for in each turn: what is multiplied is moved first
     assert offline.count(code.loop, "HGMMA") == 8 and code.spills == 0
-    # Four words in one load, their places in another, and x.
-    loads = [offline.count(code.loop, name) for name in ("LDG", "LDG.128", "LDG.64")]
-    assert loads == [2 + (4 if BM == 64 else 2), 1 + (4 if BM == 64 else 2), 1]
+    # Four words in one load, their places in another; x on its way to shared memory for turns.
+    kinds = ("LDG", "LDG.128", "LDG.64", "LDGSTS", "LDGSTS.128", "LDGDEPBAR")
+    loads = [offline.count(code.loop, name) for name in kinds]
+    x = BM // 8
+    assert loads == [2 + x + 1, 1 + x, 1, x, x, 1]
     assert offline.count(code.opcodes, "DADD", "DMUL", "DFMA", "LDL", "STL") == 0
 
 
@@ -147,7 +131,7 @@ def test_groups_cost_no_more_than_a_scale(target: str, product: str) -> None:
     assert offline.count(grouped.loop, product) == offline.count(plain.loop, product) > 0
     more = offline.per_weight(grouped, 64) - offline.per_weight(plain, 64)
     print(f"{target}: {offline.per_weight(plain, 64):.2f} and {more:.2f} more a weight")
-    assert more < 0.5
+    assert more < 0.6
     assert plain.spills == grouped.spills == 0
 
 
