@@ -137,7 +137,7 @@ def decode_kernel(
             False, RANK, R_GROUP, R_PART, R_TEXT, R_TEXT, R_KINDS, F, RT, NW, AC, 1, ROW, True,
         )  # fmt: skip
     sums = reduce(sums, RT * F, NW, AC, ROW)
-    finish(sums, bias, y, M, N, tl.program_id(0) * (RT * AC), BIAS, F, RT, AC)
+    finish(sums, bias, y, M, N, tl.program_id(0) * (RT * AC), BIAS, F, RT, AC, ROW)
 
 
 def decode(

@@ -105,19 +105,20 @@ all GPUs, so that all give the same bits."""
 
 
 def split_for(N: int, K: int, M: int) -> Split:
-    """A `Split` for a matrix [N, K] and M rows of x, the fastest measured on an H200 for the layers
-    of Llama 2 7B or close to it.
+    """A `Split` for a matrix [N, K] and M rows of x: of those that an H200 was fastest or nearly so
+    with for the layers of Llama 2 7B, one whose programs all run at once.
     """
-    two = -(-N // 16) >= (_MANY if M <= 8 else _MANY // 2)  # they share what is read of x
+    tiles = -(-N // 16)
+    two = tiles >= (_MANY if M <= 8 else _MANY // 2)  # they share what is read of x
     warps, turns = 2 if two else 4, -(-K // 256)
     while warps > turns:
         warps //= 2
-    return Split(2 if two else 1, warps, 1 if M > 8 else 2 if two else 3)
+    return Split(2 if two else 1, warps, 1 if M > 8 else 2 if tiles >= _MANY // 2 else 3)
 
 
 def split_for_low(K: int, M: int) -> Split:
     """A `Split` for L of all linears: it has few rows, and is wanted at once."""
-    warps, turns = 8, -(-K // 256)
+    warps, turns = 4 if 8 < M <= 16 else 8, -(-K // 256)
     while warps > turns:
         warps //= 2
     return Split(1, warps, 2 if M <= 16 else 1)

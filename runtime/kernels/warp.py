@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 
-from slimfx.runtime.kernels.reads import load_turn, load_turn_of_x, load_x, spread
+from slimfx.runtime.kernels.reads import ask, load_turn, load_turn_of_x, load_x, spread
 
 from slimfx.errors import need
 
@@ -216,6 +216,8 @@ def stream(
     for a in tl.static_range(A):
         held += begun[a * N : a * N + N]
         held += load_turn_of_x(x, M, kb + a * NW, lane, c, K, CHECK, F, ROW, FRESH)
+    if ROW and TURNS > A:
+        ask()
     for _ in range((TURNS - A) // A):
         for a in tl.static_range(A):
             sums = turn(
@@ -226,6 +228,8 @@ def stream(
                 words, scales, first, TILES, kb + A * NW, c, SPARSE, K, CHECK, GROUP, PART, RT
             )
             new += load_turn_of_x(x, M, kb + A * NW, lane, c, K, CHECK, F, ROW, FRESH)
+            if ROW:
+                ask()
             held = _replace(held, new, a * W, W, A * W)
             kb += NW
     for a in tl.static_range(REST):
@@ -237,6 +241,8 @@ def stream(
             words, scales, first, TILES, kb + A * NW, c, SPARSE, K, CHECK, GROUP, PART, RT
         )
         new += load_turn_of_x(x, M, kb + A * NW, lane, c, K, CHECK, F, ROW, FRESH)
+        if ROW:
+            ask()
         held = _replace(held, new, a * W, W, A * W)
         kb += NW
     return sums + held[REST * W : A * W] + held[0 : REST * W]
@@ -258,6 +264,8 @@ def drain(
     A: tl.constexpr = AHEAD if AHEAD < TURNS else TURNS
     N: tl.constexpr = RT * ((3 if SPARSE else 4) + (256 // PART if GROUP > 0 else 0))
     W: tl.constexpr = N + (1 if ROW else 8 * F if F <= 2 else 0)
+    if ROW:
+        ask()
     added = streamed[0 : RT * F]
     kb += (TURNS - A) * NW
     for a in tl.static_range(A):
@@ -279,40 +287,52 @@ def drain(
 
 @triton.jit
 def reduce(sums, COUNT: tl.constexpr, NW: tl.constexpr, AC: tl.constexpr, ROW: tl.constexpr):
-    """The sums [32 AC, 4] of all warps that share inputs, and of one row of x those of all columns
-    of a fragment.
+    """The sums [32 AC, 4] of all warps that share inputs; of one row of x [8 AC, 2], those of all
+    columns of a fragment in one.
     """
+    LANES: tl.constexpr = 8 if ROW else 32
+    EACH: tl.constexpr = 2 if ROW else 4
     out = ()
     for j in tl.static_range(COUNT):
         total = sums[j]
-        if NW > 1:
-            total = tl.reshape(tl.sum(tl.reshape(total, (AC, NW, 32, 4)), 1), (32 * AC, 4))
         if ROW:
-            row = tl.sum(tl.sum(tl.reshape(total, (8 * AC, 4, 2, 2)), 3), 1)
-            whole = tl.broadcast_to(row[:, None, :, None], (8 * AC, 4, 2, 2))
-            total = tl.reshape(whole, (32 * AC, 4))
+            total = tl.sum(tl.sum(tl.reshape(total, (8 * NW * AC, 4, 2, 2)), 3), 1)
+        if NW > 1:
+            warps = tl.reshape(total, (AC, NW, LANES, EACH))
+            total = tl.reshape(tl.sum(warps, 1), (LANES * AC, EACH))
         out += (total,)
     return out
 
 
 @triton.jit
+def places_of(first, RT: tl.constexpr, AC: tl.constexpr, ROW: tl.constexpr):
+    """Where what `reduce` gives belongs: row of the weight in the first of RT tiles, row of x."""
+    if ROW:
+        r, c = tl.arange(0, 8 * AC)[:, None], tl.arange(0, 2)[None, :]
+        row, column = (first + r // 8 * RT) * 16 + r % 8 + 8 * c, 0 * c
+    else:
+        r, c = tl.arange(0, 32 * AC)[:, None], tl.arange(0, 4)[None, :]
+        row = (first + r // 32 * RT) * 16 + r % 32 // 4 + 8 * (c // 2)
+        column = 2 * (r % 4) + c % 2
+    return row, column
+
+
+@triton.jit
 def finish(
     sums, bias, y, M, N, first,
-    BIAS: tl.constexpr, F: tl.constexpr, RT: tl.constexpr, AC: tl.constexpr,
+    BIAS: tl.constexpr, F: tl.constexpr, RT: tl.constexpr, AC: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Store y [M, N] of RT tiles for each of AC, plus the bias."""
-    r = tl.arange(0, 32 * AC)[:, None]
-    lane = r % 32
-    c = tl.arange(0, 4)[None, :]
+    row, start = places_of(first, RT, AC, ROW)
     for j in tl.static_range(RT):
-        row = (first + r // 32 * RT + j) * 16 + lane // 4 + 8 * (c // 2)
         for n in tl.static_range(F):
-            column = 8 * n + 2 * (lane % 4) + c % 2
+            column = 8 * n + start
             inside = (row < N) & (column < M)
             total = sums[j * F + n]
             if BIAS:
                 total += tl.load(bias + row, row < N, 0).to(tl.float32)
             tl.store(y + column.to(tl.int64) * N + row, total.to(y.dtype.element_ty), inside)
+        row += 16
 
 
 @triton.jit
@@ -321,22 +341,20 @@ def finish_low(
     F: tl.constexpr, RT: tl.constexpr, AC: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Store RT tiles of x L^T as `launch.arranged` would, EACH rows of L after the other."""
-    r = tl.arange(0, 32 * AC)[:, None]
-    lane = r % 32
-    c = tl.arange(0, 4)[None, :]
+    row, start = places_of(first, RT, AC, ROW)
     for j in tl.static_range(RT):
-        row = (first + r // 32 * RT + j) * 16 + lane // 4 + 8 * (c // 2)
         k = row % EACH
         width = (EACH + 31) // 32 * (32 if ROW else 256 * F)
         at = z + (row // EACH).to(tl.int64) * width
         last = (k // 16 * 16 + 16 >= EACH) & (k % 32 < 16)  # what is left of 32 inputs is zero
         for n in tl.static_range(F):
-            column = 8 * n + 2 * (lane % 4) + c % 2
+            column = 8 * n + start
             inside = (row < RANK) & (column < M)
             total = sums[j * F + n].to(z.dtype.element_ty)
             tl.store(at + _arranged(k, column, F, ROW), total, inside)
             more = at + _arranged(k + 16, column, F, ROW)
             tl.store(more, tl.zeros_like(total), inside & last)
+        row += 16
 
 
 @triton.jit

@@ -129,10 +129,10 @@ def count(opcodes: tuple[str, ...], *starts: str) -> int:
 
 
 @cache
-def _nvdisasm() -> str:
+def _tool(name: str) -> str:
     import triton
 
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm")
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
 def sass(compiled: Any) -> Sass:
@@ -141,7 +141,7 @@ def sass(compiled: Any) -> Sass:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run(
-            [_nvdisasm(), "-c", file.name], capture_output=True, text=True, check=True
+            [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
         ).stdout
     opcodes, labels, jumps = [], {}, []
     for line in text.splitlines():
@@ -157,6 +157,18 @@ def sass(compiled: Any) -> Sass:
     inner = [a for a in jumps if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in jumps)]
     loops = [tuple(opcodes[start:end]) for start, end in inner if end - start > 1]  # no trap
     return Sass(tuple(opcodes), tuple(loops), text)
+
+
+def programs(compiled: Any, warps: int) -> int:
+    """How many programs a multiprocessor of sm_80 or sm_90 has registers for at once."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [_tool("cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+)", text)
+    assert found is not None, text
+    return min(65536 // (-(-int(found[1]) // 8) * 256), 64) // warps
 
 
 def per_weight(code: Sass, weights: int, of: Callable[[tuple[str, ...]], int] = len) -> float:

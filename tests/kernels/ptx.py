@@ -105,7 +105,8 @@ def run(
     for kind in kinds:
         if kind.lstrip("=&") not in _WIDTHS:
             raise NotImplementedError(f"constraint {kind}")
-    threads = values[0].size // pack
+    shape = values[0].shape if values else (pack,)
+    threads = int(np.prod(shape)) // pack
     state = _State(threads, {f"${len(outs) + i}": c for i, c in enumerate(columns)}, {}, outs)
     for statement in _statements(asm):
         _execute(statement, state)
@@ -114,7 +115,7 @@ def run(
     for dtype, n in zip(dtypes, sizes):
         held = written[start : start + pack // n]
         start += pack // n
-        results.append(_elements(held, np.dtype(dtype), n).reshape(values[0].shape))
+        results.append(_elements(held, np.dtype(dtype), n).reshape(shape))
     return results
 
 
@@ -163,6 +164,8 @@ def _statements(asm: str) -> list[str]:
 def _execute(statement: str, state: _State) -> None:
     statement = statement.lstrip("} \t\n") if statement.startswith("}") else statement
     opcode, rest = statement.split(None, 1)
+    if opcode == "pmevent":  # counts something, and changes nothing
+        return
     operands = re.findall(r"\{[^}]*\}|[^,{}\s]+", rest)
     if opcode == ".reg":
         for name in operands[1:]:
