@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "examples" / "results"
 PART = re.compile(r"(<!-- written: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GPUS = {
-    "NVIDIA, sm_80 and later": Gpu("cuda", 90),
+    "NVIDIA, sm_90": Gpu("cuda", 90),
+    "NVIDIA, sm_80 and others since": Gpu("cuda", 80),
     "NVIDIA, older": Gpu("cuda", 75),
     "AMD": Gpu("hip", "gfx942"),
 }

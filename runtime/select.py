@@ -5,6 +5,7 @@
     65 to 160     portable_24, portable_int4, bitmask   the same
     more          expand, then the library's product    the same
 
+On sm_90 portable kernels come first from 33 rows on; they do not take codes of less than four bits.
 What no row of the table takes, such as codes of eight bits, is expanded for any number of rows.
 From 1024 rows on, 2:4 codes of four bits are expanded without their zeros, where cuSPARSELt takes
 them: `expand_cslt.why_not`.
@@ -26,6 +27,12 @@ WHERE = ("dense", "2:4", "bitmask", "floats")
 """Where the values of a matrix are; ops know the place in this tuple."""
 DECODE_ROWS = 64
 """What the decode kernels have registers for."""
+FEW_ROWS = 32
+"""Above it a decode kernel takes as long as for 64, where an H200, whose warps multiply in groups
+of four, was faster with portable_24: 59, 33, 34 and 16 microseconds beside 65, 42, 37 and 23 for
+the weights of a block of Llama 2 7B (examples/results: gpu-h200.json, call 1, and
+gpu-h200-kernels.json).
+"""
 PORTABLE_ROWS = 160
 """Above it a weight that is expanded once costs less than one expanded in blocks: where the lines
 through 64 and 256 rows meet for the layers of Llama 2 7B on an H200, 158 to 171
@@ -49,6 +56,11 @@ class Gpu:
 
     backend: str
     arch: int | str
+
+
+_HOPPER = Gpu("cuda", 90)
+_BY_GROUPS = (*KERNELS[2:-1], *KERNELS[:2], KERNELS[-1])
+"""In this order for more rows than `FEW_ROWS` there."""
 
 
 @cache
@@ -108,7 +120,8 @@ def select(
         layouts: those of the weight that there are.
     """
     found = {name: _why_not(name, layer, M, gpu, layouts) for name in KERNELS}
-    chosen = next((name for name, why in found.items() if why is None), None)
+    order = _BY_GROUPS if gpu == _HOPPER and M > FEW_ROWS else KERNELS
+    chosen = next((name for name in order if found[name] is None), None)
     preferred = f"{chosen} is faster for {M} rows of x"
     reasons = {name: why or preferred for name, why in found.items() if name != chosen}
     return Choice(chosen, reasons, (M, M))
@@ -116,7 +129,8 @@ def select(
 
 def stretches(layer: Layer, low: int, high: int, gpu: Gpu) -> tuple[Choice, ...]:
     """The kernels for low to high rows of x, with the rows that each one is for."""
-    firsts = [low] + [M + 1 for M in (DECODE_ROWS, PORTABLE_ROWS) if low <= M < high]
+    ends = (FEW_ROWS, DECODE_ROWS, PORTABLE_ROWS)
+    firsts = [low] + [M + 1 for M in ends if low <= M < high]
     found: list[Choice] = []
     for first, last in zip(firsts, [M - 1 for M in firsts[1:]] + [high]):
         choice = select(layer, first, gpu)

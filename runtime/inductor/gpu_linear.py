@@ -17,7 +17,7 @@ import sympy
 import torch
 from slimfx.runtime import gpu_ops
 from slimfx.runtime.gpu_ops import Held, forms
-from slimfx.runtime.select import DECODE_ROWS, PORTABLE_ROWS, Form
+from slimfx.runtime.select import PORTABLE_ROWS, Form
 from torch._inductor import config, ir, lowering
 from torch._inductor.select_algorithm import (
     ExternKernelChoice,
@@ -111,7 +111,7 @@ def why_no_template(held: Held, x: torch.dtype, M: int | None) -> str | None:
     reasons = (
         (held.rank > 0, "it has adapters, which are launches of their own"),
         (weight.where not in _TILES or weight.bits != 4, f"no template reads {weight}"),
-        (not len(held.stored), f"its weight is only laid out for up to {DECODE_ROWS} rows of x"),
+        (not len(held.stored), "its weight is laid out for the decode kernels alone"),
         (x not in _DTYPES, f"x is {x}, not bfloat16 or float16"),
         (bool(weight.group % 16), f"groups of {weight.group} inputs, not a multiple of 16"),
         (len(held.fragments) > 0, "it chooses its kernel by the rows that x has"),

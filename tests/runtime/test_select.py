@@ -16,7 +16,10 @@ SLIM = Layer(SPARSE, (DENSE, DENSE))
     [
         (SLIM, 1, H100, "decode_24"),
         (SLIM, 64, A100, "decode_24"),
-        (SLIM, 65, H100, "portable_24"),
+        (SLIM, 32, H100, "decode_24"),
+        (SLIM, 33, H100, "portable_24"),
+        (Layer(Form("2:4", 3, 0)), 64, H100, "decode_24"),
+        (Layer(Form("2:4", 3, 0)), 65, H100, "expand"),
         (SLIM, 160, H100, "portable_24"),
         (SLIM, 161, H100, "expand"),
         (SLIM, 1, T4, "portable_24"),
@@ -59,13 +62,16 @@ def test_a_layout_that_was_not_made_is_not_chosen() -> None:
     assert choice.why_not["decode_24"] == (
         "the weight was not laid out for it: there is only stored"
     )
+    assert select(SLIM, 64, H100, layouts=("fragments",)).kernel == "decode_24"
     assert select(SLIM, 65, H100, layouts=("fragments",)).kernel is None
 
 
 def test_a_range_of_rows_is_cut_where_the_kernel_changes() -> None:
     found = [(each.kernel, each.rows) for each in stretches(SLIM, 1, 4096, H100)]
+    assert found == [("decode_24", (1, 32)), ("portable_24", (33, 160)), ("expand", (161, 4096))]
+    found = [(each.kernel, each.rows) for each in stretches(SLIM, 1, 4096, A100)]
     assert found == [("decode_24", (1, 64)), ("portable_24", (65, 160)), ("expand", (161, 4096))]
     found = [(each.kernel, each.rows) for each in stretches(SLIM, 1, 100, MI300)]
     assert found == [("portable_24", (1, 100))]
     assert [each.rows for each in stretches(SLIM, 20, 20, H100)] == [(20, 20)]
-    assert [each.kernel for each in stretches(SLIM, 64, 65, H100)] == ["decode_24", "portable_24"]
+    assert [each.kernel for each in stretches(SLIM, 64, 65, A100)] == ["decode_24", "portable_24"]
