@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from slimfx.passes.base import lifted_tensor, written_nodes
-from slimfx.runtime.unread import ReadingInterpreter
+from slimfx.runtime.unread import ReadingInterpreter, read
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -197,7 +197,7 @@ def _run_reading(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]])
     values = [*lifted, *pytree.tree_leaves(inputs)]
     written = {node.name for node in written_nodes(program.graph.nodes)}
     own = [
-        value.clone() if spec.arg.name in written else value  # type: ignore[union-attr]
+        read(value).clone() if spec.arg.name in written else value  # type: ignore[union-attr]
         for spec, value in zip(specs, values, strict=True)
     ]
     with torch.no_grad(), torch.random.fork_rng():

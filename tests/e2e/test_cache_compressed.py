@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from slimfx.passes.decompose import slimfx_nodes
 from slimfx.passes.inputs import module_of
 from slimfx.runtime.manifest import Manifest, attach
 from test_cache import PROMPT, recomputed, stepped
+from test_cli import run
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -109,3 +111,13 @@ def test_calibration_windows_come_in_the_rows_of_the_cache() -> None:
     assert len(stepped(found.module(), ids(3, 2, 5), 3)[1]) == 3
     with pytest.raises(CalibrationError, match="1 of 3 rows of tokens are left over"):
         slimfx.compress(program, how, ids(1, 3, 16))
+
+
+def test_a_file_with_a_cache_is_compressed_while_its_weights_stay_in_files(tmp_path: Path) -> None:
+    slimfx.save(slimfx.capture(DEMO, kv_cache=True, max_length=64), tmp_path / "cached.pt2")
+    (tmp_path / "quick.yaml").write_text("preset: slim\ncalibration: {samples: 2, length: 32}\n")
+    small = tmp_path / "small.pt2"
+    ran = run("compress", tmp_path / "cached.pt2", "-o", small, "--recipe", tmp_path / "quick.yaml")
+    assert ran.code == 0, ran.err
+    assert slimfx.check(small).identical
+    assert not slimfx.load(small).state_dict["kv_cache.0.value"].any()
