@@ -131,6 +131,7 @@ def expand_cslt(weight: Words24, K: int, dtype: torch.dtype) -> Tensor:
         GROUP=0 if scale.shape[1] == 1 else weight.group,
         OUT=_FLOATS[dtype],
         OCTETS=_OCTETS,
+        WARPS=_WARPS,
         num_warps=_WARPS,
     )
     return out
@@ -187,14 +188,6 @@ def _two_rows(a, b):
 
 
 @triton.jit
-def _swapped(first, N: tl.constexpr):
-    """N numbers [1, N] from the first on, in pairs the other way round: were they in order, a
-    thread would load four words that follow each other, and what it stores would lie far apart.
-    """
-    return first + (tl.arange(0, N) ^ 1)[None, :]
-
-
-@triton.jit
 def _expand_cslt(
     words,
     places,
@@ -207,38 +200,46 @@ def _expand_cslt(
     GROUP: tl.constexpr,
     OUT: tl.constexpr,
     OCTETS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     # Numbers of 64 bits lead to a block alone: the rest would cost more than all values do.
     part, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, 64)[:, None]
-    unit = _swapped(2 * OCTETS * part, 2 * OCTETS)
+    # As many rows as give each thread one word: of more it would take some that follow each other,
+    # and what threads store at once would lie apart.
+    ROWS: tl.constexpr = 16 * WARPS // OCTETS
+    n = tl.arange(0, ROWS)[:, None]
+    unit = 2 * OCTETS * part + tl.arange(0, 2 * OCTETS)[None, :]
     on = 16 * unit < K
-    word = tl.load(words + block * (64 * width) + (n * width + unit), mask=on, other=0)
-    steps = scale + block * (64 * scale_row)
-    if GROUP == 0:
-        s = tl.load(steps + n * scale_row)
-    else:
-        s = tl.load(steps + (n * scale_row + 16 * unit // GROUP), mask=on, other=0)
-    s = s.to(OUT).to(tl.float32)
-    eight = joined(
-        *(_value(word, s, 0, OUT), _value(word, s, 1, OUT)),
-        *(_value(word, s, 2, OUT), _value(word, s, 3, OUT)),
-        *(_value(word, s, 4, OUT), _value(word, s, 5, OUT)),
-        *(_value(word, s, 6, OUT), _value(word, s, 7, OUT)),
-    ).reshape(64, 2 * OCTETS, 8)
-    at = (n * (K // 2) + 8 * unit)[:, :, None] + tl.arange(0, 8)[None, None, :]
-    tl.store(values + block * (32 * K) + at, eight, mask=on[:, :, None])
+    here = words + block * (64 * width) + (n * width + unit)
+    steps = scale + block * (64 * scale_row) + n * scale_row
+    if GROUP > 0:
+        steps += 16 * tl.minimum(unit, K // 16 - 1) // GROUP
+    held = ()
+    for i in tl.static_range(64 // ROWS):
+        held += (tl.load(here + i * ROWS * width, mask=on, other=0),)
+        held += (tl.load(steps + i * ROWS * scale_row),)
 
     four = tl.arange(0, 16)[:, None]  # rows n, n + 1, n + 8 and n + 9
-    n = (four >> 2) * 16 + (four & 3) * 2
-    octet = _swapped(OCTETS * part, OCTETS)
-    on, row = 32 * octet < K, width // 2
-    here = places + block * (64 * row) + (n * row + octet)
-    a, b = tl.load(here, mask=on, other=0), tl.load(here + row, mask=on, other=0)
-    c = tl.load(here + 8 * row, mask=on, other=0)
-    d = tl.load(here + 9 * row, mask=on, other=0)
+    octet, row = OCTETS * part + tl.arange(0, OCTETS)[None, :], width // 2
+    inside = 32 * octet < K
+    there = places + block * (64 * row) + (((four >> 2) * 16 + (four & 3) * 2) * row + octet)
+    a, b = tl.load(there, mask=inside, other=0), tl.load(there + row, mask=inside, other=0)
+    c = tl.load(there + 8 * row, mask=inside, other=0)
+    d = tl.load(there + 9 * row, mask=inside, other=0)
+
+    k = 16 * OCTETS * part + tl.arange(0, 16 * OCTETS)[None, :]
+    for i in tl.static_range(64 // ROWS):
+        word, s = held[2 * i], held[2 * i + 1].to(OUT).to(tl.float32)
+        eight = joined(
+            *(_value(word, s, 0, OUT), _value(word, s, 1, OUT)),
+            *(_value(word, s, 2, OUT), _value(word, s, 3, OUT)),
+            *(_value(word, s, 4, OUT), _value(word, s, 5, OUT)),
+            *(_value(word, s, 6, OUT), _value(word, s, 7, OUT)),
+        ).reshape(ROWS, 16 * OCTETS)
+        at = (n + i * ROWS) * (K // 2) + k
+        tl.store(values + block * (32 * K) + at, eight, mask=k < K // 2)
     w0, w1 = _two_rows(a, c)
     w2, w3 = _two_rows(b, d)
     out = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(16, OCTETS, 4)
     at = (64 * octet + 4 * four)[:, :, None] + tl.arange(0, 4)[None, None, :]
-    tl.store(meta + block * (2 * K) + at, out, mask=on[:, :, None])
+    tl.store(meta + block * (2 * K) + at, out, mask=inside[:, :, None])

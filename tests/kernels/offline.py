@@ -159,6 +159,27 @@ def sass(compiled: Any) -> Sass:
     return Sass(tuple(opcodes), tuple(loops), text)
 
 
+def runs(compiled: Any) -> list[tuple[str, int]]:
+    """Of each access to a tensor [n, m]: what it is, and bytes that a warp touches side by side."""
+    text = compiled.asm["ttgir"]
+    layouts = {}
+    for name, *parts in re.findall(
+        r"(#\w+) = #ttg.blocked<\{sizePerThread = \[([\d, ]+)\], threadsPerWarp = \[([\d, ]+)\], "
+        r"warpsPerCTA = \[[\d, ]+\], order = \[([\d, ]+)\]",
+        text,
+    ):
+        layouts[name] = [[int(n) for n in part.split(", ")] for part in parts]
+    found = []
+    for kind, shape, bits, name in re.findall(
+        r"(tt\.load|tt\.store) .*tensor<(\d+x\d+)x!tt.ptr<[a-z]+(\d+)>, (#\w+)>", text
+    ):
+        each, threads, order = layouts[name]
+        width = int(shape.split("x")[1])
+        side = each[1] * (threads[1] if order[0] == 1 else 1)
+        found.append((f"{kind} {shape}", min(side, width) * int(bits) // 8))
+    return found
+
+
 def programs(compiled: Any, warps: int) -> int:
     """How many programs a multiprocessor of sm_80 or sm_90 has registers for at once."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

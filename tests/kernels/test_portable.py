@@ -122,7 +122,7 @@ def test_adapters_are_multiplied_as_the_weight_is(kind: str, group: int) -> None
     assert [offline.count(loop, "LDGSTS.128") for loop in loops] == [8, 8]  # x, and z
     shortest = min(len(loop) for loop in loops) / 64
     print(f"sm_90, {kind}, R in groups of {group}: {shortest:.2f} instructions a weight of R")
-    assert shortest <= 4.5
+    assert shortest <= 5.0
 
 
 @pytest.mark.parametrize("target", list(offline.TARGETS))
