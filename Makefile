@@ -54,8 +54,8 @@ sanitize: $(VENV)/ready  ## the C++ kernels under the address and undefined-beha
 gpu:  ## tests and benches of the GPU kernels, nothing installed; results/gpu_*.json
 	.ci/gpu
 
-gpu-splits:  ## how programs of the decode kernels had best share a weight: mma.split_for
-	.ci/gpu --links python3 $(CURDIR)/tests/gpu/splits.py llama-2-7b 1,16 $(CURDIR)/results/splits.json
+gpu-splits:  ## how programs of the GPU kernels had best share a weight
+	.ci/gpu --links python3 $(CURDIR)/tests/gpu/splits.py llama-2-7b 1,16,32,64 $(CURDIR)/results/splits.json
 
 lint: $(VENV)/ready  ## ruff; mypy runs on the installed wheel, in .ci/run
 	$(RUN)/ruff check .

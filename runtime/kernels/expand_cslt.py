@@ -17,6 +17,9 @@ thread has eight groups in each of rows n, n + 1, n + 8 and n + 9: sixteen bytes
 once. So no thread needs what another one read, and all of them wait for memory alone.
 """
 
+# Jitted functions are Triton's language: constants are annotations, tuples may grow.
+# mypy: disable-error-code="name-defined,assignment,var-annotated"
+
 from __future__ import annotations
 
 from functools import cache

@@ -13,16 +13,20 @@ from slimfx.gpu_contenders import Layer
 Run = Callable[..., Any]
 
 
-def few(device: str) -> list[tuple[tuple[int, int, int, int], bool, bool]]:
+def few(device: str) -> list[tuple[int, str, tuple[int | None, ...], bool, bool]]:
     """What was found for a tiny layer."""
-    rows = splits.measured(device, [Layer("tiny", 512, (32, 16))], [1, 9], 20_000)
-    return [(row.split, row.microseconds > 0, row.chosen) for row in rows]
+    rows = splits.measured(device, [Layer("tiny", 512, (16, 8))], [1, 9, 40], 1)
+    return [(row.M, row.kernel, row.split, row.microseconds > 0, row.chosen) for row in rows]
 
 
 def test_the_chosen_split_is_always_measured(run: Run) -> None:
-    tiny = [split_for(48, 512, M) for M in (1, 9)]
-    shapes = [(each.tiles, each.warps, each.ahead, each.across) for each in tiny]
-    assert run(few) == [(shape, True, True) for shape in shapes]
+    found = run(few)
+    for M in (1, 9, 40):
+        own = split_for(24, 512, M)
+        shape = (own.tiles, own.warps, own.ahead, own.across)
+        assert (M, "decode_24", shape, True, True) in found
+    assert (40, "portable_24", (None, None, None), True, True) in found
+    assert sum(chosen for *_, chosen in found) == 4 and all(timed for *_, timed, _ in found)
 
 
 def test_all_inputs_are_shared_by_enough_warps() -> None:
