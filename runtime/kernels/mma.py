@@ -110,10 +110,11 @@ def split_for(N: int, K: int, M: int) -> Split:
     """
     tiles = -(-N // 16)
     two = tiles >= (_MANY if M <= 8 else _MANY // 2)  # they share what is read of x
-    warps, turns = 2 if two else 4, -(-K // 256)
+    several = tiles >= _MANY // 2
+    warps, turns = 2 if two or (several and 1 < M <= 8) else 4, -(-K // 256)
     while warps > turns:
         warps //= 2
-    return Split(2 if two else 1, warps, 1 if M > 8 else 2 if tiles >= _MANY // 2 else 3)
+    return Split(2 if two else 1, warps, 1 if M > 8 else 2 if several else 3)
 
 
 def split_for_low(K: int, M: int) -> Split:

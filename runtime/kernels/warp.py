@@ -5,7 +5,8 @@ A warp is 32 rows of a tensor [32 NW, 4], and one of these rows the four registe
 
 A turn is 256 inputs of each warp, the kb-th. What it reads of memory is read A turns ahead, so that
 bytes are on their way while a warp computes: words of the weight, its scales, and x, which is read
-by the same unit in the same order and would wait for what was asked for before it.
+by the same unit in the same order and would wait for what was asked for before it. For up to eight
+rows of x, whose registers suffice, `reads.ask` keeps ptxas from putting that off.
 
 Constants: K inputs; GROUP inputs share a scale, 0 if all do; PART of them one sum before it; RT
 tiles a program; NW warps share the inputs of a tile; F fragments of eight rows of x; ROW: x is one
@@ -216,7 +217,7 @@ def stream(
     for a in tl.static_range(A):
         held += begun[a * N : a * N + N]
         held += load_turn_of_x(x, M, kb + a * NW, lane, c, K, CHECK, F, ROW, FRESH)
-    if ROW and TURNS > A:
+    if F == 1 and TURNS > A:
         ask()
     for _ in range((TURNS - A) // A):
         for a in tl.static_range(A):
@@ -228,7 +229,7 @@ def stream(
                 words, scales, first, TILES, kb + A * NW, c, SPARSE, K, CHECK, GROUP, PART, RT
             )
             new += load_turn_of_x(x, M, kb + A * NW, lane, c, K, CHECK, F, ROW, FRESH)
-            if ROW:
+            if F == 1:
                 ask()
             held = _replace(held, new, a * W, W, A * W)
             kb += NW
@@ -241,7 +242,7 @@ def stream(
             words, scales, first, TILES, kb + A * NW, c, SPARSE, K, CHECK, GROUP, PART, RT
         )
         new += load_turn_of_x(x, M, kb + A * NW, lane, c, K, CHECK, F, ROW, FRESH)
-        if ROW:
+        if F == 1:
             ask()
         held = _replace(held, new, a * W, W, A * W)
         kb += NW
@@ -264,7 +265,7 @@ def drain(
     A: tl.constexpr = AHEAD if AHEAD < TURNS else TURNS
     N: tl.constexpr = RT * ((3 if SPARSE else 4) + (256 // PART if GROUP > 0 else 0))
     W: tl.constexpr = N + (1 if ROW else 8 * F if F <= 2 else 0)
-    if ROW:
+    if F == 1:
         ask()
     added = streamed[0 : RT * F]
     kb += (TURNS - A) * NW
