@@ -191,7 +191,7 @@ def _run(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> list
 
 
 def _run_reading(program: ExportedProgram, inputs: tuple[tuple, dict[str, Any]]) -> list[Tensor]:
-    """The same with no more than the tensors of one node in memory."""
+    """The same with no more in memory than the tensors of one node, and what the program writes."""
     specs = program.graph_signature.input_specs
     lifted = [lifted_tensor(program, s) for s in specs if s.kind is not InputKind.USER_INPUT]
     values = [*lifted, *pytree.tree_leaves(inputs)]

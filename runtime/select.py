@@ -31,7 +31,7 @@ FEW_ROWS = 32
 """Above it a decode kernel takes as long as for 64, where an H200, whose warps multiply in groups
 of four, was faster with portable_24: 59, 33, 34 and 16 microseconds beside 65, 42, 37 and 23 for
 the weights of a block of Llama 2 7B (examples/results: gpu-h200.json, call 1, and
-gpu-h200-kernels.json).
+gpu-h200-kernels.json). Dense weights and adapters are taken to be alike; they were not measured.
 """
 PORTABLE_ROWS = 160
 """Above it a weight that is expanded once costs less than one expanded in blocks: where the lines
@@ -59,8 +59,8 @@ class Gpu:
 
 
 _HOPPER = Gpu("cuda", 90)
-_BY_GROUPS = (*KERNELS[2:-1], *KERNELS[:2], KERNELS[-1])
-"""In this order for more rows than `FEW_ROWS` there."""
+_ABOVE_FEW = (*KERNELS[2:-1], *KERNELS[:2], KERNELS[-1])
+"""The order on Hopper above `FEW_ROWS`."""
 
 
 @cache
@@ -120,7 +120,7 @@ def select(
         layouts: those of the weight that there are.
     """
     found = {name: _why_not(name, layer, M, gpu, layouts) for name in KERNELS}
-    order = _BY_GROUPS if gpu == _HOPPER and M > FEW_ROWS else KERNELS
+    order = _ABOVE_FEW if gpu == _HOPPER and M > FEW_ROWS else KERNELS
     chosen = next((name for name in order if found[name] is None), None)
     preferred = f"{chosen} is faster for {M} rows of x"
     reasons = {name: why or preferred for name, why in found.items() if name != chosen}

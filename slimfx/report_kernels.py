@@ -16,7 +16,8 @@ from slimfx.passes.find_linears import PREFIX
 from slimfx.runtime import gpu_layout, interleave, select
 
 GPUS = {
-    "NVIDIA from sm_80 on": select.Gpu("cuda", 80),
+    "NVIDIA sm_90": select.Gpu("cuda", 90),
+    "other NVIDIA from sm_80 on": select.Gpu("cuda", 80),
     "AMD gfx942": select.Gpu("hip", "gfx942"),
 }
 

@@ -3,7 +3,7 @@
 The template is the portable kernel for one weight of four bits without adapters. What follows the
 op, an added bias or residual or an activation, is fused into its store. Inductor measures it beside
 the op as it is, which launches what `select` chooses. Everything else is the op as it is: decode
-kernels end in sums of parts and take tiles of L on the way, and adapters are launches of their own.
+kernels end in sums of parts and take tiles of L on the way, and adapters are not in the template.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ _SOURCE = r"""
         at += BK // PER
         here += BK
         k += BK
-    if GROUP == 0:
-        acc *= tl.load(S + row * SCALE_ROW).to(tl.float32)[:, None]
+    acc = scaled(acc, S, row, SCALE_ROW, GROUP)
     idx_m = m[None, :]
     idx_n = n[:, None]
     mask = (idx_m < M) & (idx_n < N)
     {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BN", "BM"))}}
 
-from slimfx.runtime.kernels.portable import add_product
+from slimfx.runtime.kernels.portable import add_product, scaled
 from slimfx.runtime.kernels.portable_int4 import tile_4
 from slimfx.runtime.kernels.portable_24 import tile_24
 """
@@ -109,7 +108,7 @@ def why_no_template(held: Held, x: torch.dtype, M: int | None) -> str | None:
     """Why an op is left as it is, or None if there is a template for M rows of x."""
     weight = held.forms[0]
     reasons = (
-        (held.rank > 0, "it has adapters, which are launches of their own"),
+        (held.rank > 0, "it has adapters, which the template does not take"),
         (weight.where not in _TILES or weight.bits != 4, f"no template reads {weight}"),
         (not len(held.stored), "its weight is laid out for the decode kernels alone"),
         (x not in _DTYPES, f"x is {x}, not bfloat16 or float16"),
@@ -170,7 +169,7 @@ def _append(choices: list[Any], nodes: list[Any], layout: Any, held: Held, how: 
         choices,
         input_nodes=nodes,
         layout=layout,
-        num_stages=1,
+        num_stages=3 if nvidia else 1,
         num_warps=max(2, how.BN // 16),
         **{"BM": how.BM, "BN": how.BN, "BK": how.BK, "GROUP": weight.group},
         PER=16 if weight.where == "2:4" else 8,

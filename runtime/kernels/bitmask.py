@@ -112,7 +112,7 @@ def bitmask(
     how: How | None = None,
     low: Low | None = None,
 ) -> Tensor:
-    """y [..., N] = x [..., K] W^T + bias, in the dtype of x; bfloat16, float16 or float32.
+    """y [..., N] = x [..., K] W^T [+ z R^T] + bias in the dtype of x, 16 or 32 bits wide.
 
     Raises:
         SlimError: groups end within what a tensor core takes at once, or x does not fit.

@@ -19,12 +19,14 @@ from collections.abc import Sequence
 import torch
 from slimfx.runtime.fragments import ROWS, Fragments
 from slimfx.runtime.kernels.launch import (
+    PARTS,
     arranged,
     check,
     check_device,
     check_layout,
     check_weight,
     early,
+    starts_of,
 )
 from slimfx.runtime.kernels.mma import Split, constants, split_for, split_for_low
 from slimfx.runtime.kernels.warp import begin, drain, finish, finish_low, reduce, stream, zeros
@@ -36,10 +38,6 @@ triton = need("triton")
 tl = need("triton.language")
 _cuda = need("triton.language.extra.cuda")
 _begin_next, _wait = _cuda.gdc_launch_dependents, _cuda.gdc_wait
-
-PARTS = 4
-"""Linears at most."""
-_NEVER = 2**31 - 1
 
 
 @triton.jit
@@ -232,16 +230,14 @@ def _second(
     split = split or split_for(N, weight.K, M)
     if any(n % (ROWS * split.tiles) for n in rows[:-1]):  # a program's tiles are of one linear
         split = Split(1, split.warps, split.ahead, split.across)
-    ends = [sum(rows[: i + 1]) for i in range(len(rows) - 1)]
-    ends += [_NEVER] * (PARTS - 1 - len(ends))
     y = torch.empty(M, N, dtype=torch.bfloat16, device=x.device)
     second = R or weight  # anything of its kind, where there is no R
     of_R = constants(second, M)
     compiled = decode_kernel[(-(-N // (ROWS * split.tiles * split.across)),)](
         words, M, weight.data, weight.scale.view(torch.int32), y if bias is None else bias, y, N,
         words if z is None else z.view(torch.int32), second.data, second.scale.view(torch.int32),
-        *ends, SPARSE=weight.where == "2:4", **constants(weight, M), ROW=M == 1, RT=split.tiles,
-        NW=split.warps, AC=split.across, AHEAD=split.ahead, BIAS=bias is not None,
+        *starts_of(rows), SPARSE=weight.where == "2:4", **constants(weight, M), ROW=M == 1,
+        RT=split.tiles, NW=split.warps, AC=split.across, AHEAD=split.ahead, BIAS=bias is not None,
         RANK=0 if R is None else R.K, R_GROUP=of_R["GROUP"], R_PART=of_R["PART"],
         R_TEXT=of_R["TEXT0"], R_KINDS=of_R["KINDS"],
         num_warps=split.warps * split.across, **early(x.device),

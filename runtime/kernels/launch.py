@@ -1,10 +1,11 @@
-"""What every launch of a decode kernel asks and does besides: arguments, devices, rows of x."""
+"""What launches of decode kernels, and of others, ask and do: arguments, devices, rows of x."""
 
 # Jitted functions are Triton's language: constants are annotations.
 # mypy: disable-error-code="name-defined"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,8 @@ tl = need("triton.language")
 _cuda = need("triton.language.extra.cuda")
 _begin_next, _wait = _cuda.gdc_launch_dependents, _cuda.gdc_wait
 
+PARTS = 4
+"""Linears that one weight with adapters holds, at most."""
 _PIECES = 4
 
 
@@ -57,6 +60,12 @@ def check_weight(name: str, weight: Fragments, device: torch.device) -> None:
         weight.data.data_ptr() % 16 == 0 and weight.data.is_contiguous(),
         lambda: f"{name}: the weight's data must be contiguous and begin at a multiple of 16 bytes",
     )
+
+
+def starts_of(rows: Sequence[int]) -> list[int]:
+    """Where the second linear's rows begin, the third's and the fourth's; beyond all if none do."""
+    starts = [sum(rows[: i + 1]) for i in range(len(rows) - 1)]
+    return starts + [2**31 - 1] * (PARTS - 1 - len(starts))
 
 
 @cache

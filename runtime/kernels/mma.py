@@ -106,7 +106,7 @@ all GPUs, so that all give the same bits."""
 
 def split_for(N: int, K: int, M: int) -> Split:
     """A `Split` for a matrix [N, K] and M rows of x: of those that an H200 was fastest or nearly so
-    with for the layers of Llama 2 7B, one whose programs all run at once.
+    with for the layers of Llama 2 7B, one whose programs all run at once up to 16 rows.
     """
     tiles = -(-N // 16)
     two = tiles >= (_MANY if M <= 8 else _MANY // 2)  # they share what is read of x
@@ -131,7 +131,7 @@ def fragments_of(rows: int) -> int:
 
 
 def constants(matrix: Fragments, rows: int) -> dict[str, int | str]:
-    """The constants of `warp.accumulate` that depend on a matrix and on how many rows x has."""
+    """The constants of `warp.stream` that depend on a matrix and on how many rows x has."""
     two = rows > 8
     width = 256 if matrix.group >= matrix.K else gcd(matrix.group, 256)
     parts = max(1, BLOCK[matrix.where] // (2 if matrix.where == "2:4" else 1) // width)

@@ -2,9 +2,9 @@
 
     y = x W^T + z R^T + bias, z = x L^T of adapters
 
-A program takes 64 rows of the weight and up to 64 of x, and its own turns of both sums, those of R
-after those of W. Sums are float32; where programs share K, a last kernel adds theirs in order. Each
-kind of weight has a kernel, which turns stored bytes into tiles.
+A program takes 64 rows of the weight, or fewer that are of one linear, up to 64 of x, and its own
+turns of both sums, those of R after those of W. Sums are float32; where programs share them, a last
+kernel adds theirs in order. Each kind of weight has a kernel, which turns stored bytes into tiles.
 """
 
 # Jitted functions are Triton's language: constants are annotations.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from slimfx.runtime.kernels.launch import PARTS, starts_of
 from torch import Tensor
 
 from slimfx.errors import SlimError, need
@@ -27,11 +28,8 @@ tl: Any = need("triton.language")
 
 BLOCK = 128
 """Inputs of a row that a kernel takes in a turn, unless groups are shorter."""
-PARTS = 4
-"""Linears with adapters that one weight holds, at most."""
 _ROWS = (64, 32, 16)
 """Of a weight, for a program: the first that ends where linears do."""
-_NEVER = 2**31 - 1
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -40,9 +38,10 @@ class How:
     """How to launch a product.
 
     Args:
-        split: parts of K that run side by side; None for as many as keep the GPU busy.
+        split: parts of the turns that run side by side; None for as many as keep the GPU busy.
         prmt: permute bytes by PTX; None to do so on NVIDIA.
-        stages: turns whose rows of x are read at once; None for three on NVIDIA, else one.
+        stages: turns whose inputs of x are held at once, one of them multiplied; None for three on
+            NVIDIA, else one.
     """
 
     split: int | None = None
@@ -159,7 +158,7 @@ def _of_adapters(
     """A kernel's arguments of adapters, anything where there are none; its constants; and turns."""
     if low is None:
         constants = {"LOW": False, "R_GROUP": 0, "R_BK": BLOCK}
-        return [x, x, scale, 0, 0, 0, *[_NEVER] * (PARTS - 1)], constants, 0
+        return [x, x, scale, 0, 0, 0, *starts_of([])], constants, 0
     R, (words,), z = low.R, low.R.tensors, _halves(low.z)
     torch._check(
         len(low.rows) <= PARTS
@@ -171,11 +170,9 @@ def _of_adapters(
             f"rows {list(low.rows)}: up to {PARTS}, multiples of {_ROWS[-1]}"
         ),
     )
-    ends = [sum(low.rows[: i + 1]) for i in range(len(low.rows) - 1)]
-    ends += [_NEVER] * (PARTS - 1 - len(ends))
     constants = {"LOW": True, "R_GROUP": R.scaled_by, "R_BK": block_of(R.scale, R.group)}
     turns = -(-R.K // int(constants["R_BK"]))
-    return [z, words, R.scale, R.K, z.shape[1], R.scale_row, *ends], constants, turns
+    return [z, words, R.scale, R.K, z.shape[1], R.scale_row, *starts_of(low.rows)], constants, turns
 
 
 def block_of(scale: Tensor, group: int) -> int:
@@ -199,7 +196,7 @@ def add_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     width = 1024
     _add_parts[(triton.cdiv(y.numel(), width),)](
         *(parts, parts if bias is None else bias, y, y.numel(), y.shape[-1]),
-        PARTS=parts.numel() // y.numel(),
+        COUNT=parts.numel() // y.numel(),
         BIAS=bias is not None,
         BLOCK=width,
     )
@@ -273,12 +270,12 @@ def put(acc, n, m, bias, y, M, N, BIAS: tl.constexpr):
 
 @triton.jit
 def _add_parts(
-    parts, bias, y, count, N, PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    parts, bias, y, size, N, COUNT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(PARTS):
-        total += tl.load(parts + tl.cast(i, tl.int64) * count + at, mask=at < count, other=0)
+    for i in range(COUNT):
+        total += tl.load(parts + tl.cast(i, tl.int64) * size + at, mask=at < size, other=0)
     if BIAS:
-        total += tl.load(bias + at % N, mask=at < count, other=0).to(tl.float32)
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=at < count)
+        total += tl.load(bias + at % N, mask=at < size, other=0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size)

@@ -108,7 +108,7 @@ def portable_24(
     how: How | None = None,
     low: Low | None = None,
 ) -> Tensor:
-    """y [..., N] = x [..., K] W^T + bias, in the dtype of x; bfloat16, float16 or float32."""
+    """y [..., N] = x [..., K] W^T [+ z R^T] + bias in the dtype of x, 16 or 32 bits wide."""
     tensors = (weight.words, weight.places)
     N = weight.words.shape[0]
     operand = Operand(tensors, weight.scale, N, weight.K, weight.group, {})

@@ -85,7 +85,7 @@ def portable_int4(
     how: How | None = None,
     low: Low | None = None,
 ) -> Tensor:
-    """y [..., N] = x [..., K] W^T + bias, in the dtype of x; bfloat16, float16 or float32."""
+    """y [..., N] = x [..., K] W^T [+ z R^T] + bias in the dtype of x, 16 or 32 bits wide."""
     return product(product_kernel, x, operand(weight), bias, how, low)
 
 

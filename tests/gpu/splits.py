@@ -71,9 +71,7 @@ def splits(layer: Layer, M: int) -> list[Split]:
     return list(dict.fromkeys(found))
 
 
-def laid_out(
-    layer: Layer, device: str, copies: int, layout: str = "fragments"
-) -> tuple[list[Matrices], Exact]:
+def laid_out(layer: Layer, device: str, copies: int, layout: str) -> tuple[list[Matrices], Exact]:
     """W, L and R, in copies that have so many bytes together at least; x float64 -> y."""
     draw = torch.Generator(device).manual_seed(0)
     matrices = matrices_of(layer, draw, adapted=True)

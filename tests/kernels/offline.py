@@ -20,6 +20,11 @@ TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+STORED = {
+    **{"words": "*i32", "places": "*i16"},
+    **{"values": "*i32", "mask": "*i32", "rows": "*i64", "blocks": "*i32"},
+}
+"""Types of what a portable kernel reads of its weight: 2:4 and dense, and bitmask."""
 INT = (
     *("LOP", "SHF", "SHL", "SHR", "PRMT", "IADD", "IMAD", "LEA", "ISETP", "SEL", "IMNMX", "BMSK"),
     *("I2F", "F2I", "I2I", "IABS", "SGXT", "FLO", "POPC", "PLOP", "VIADD", "VIMNMX", "LEPC"),
@@ -160,7 +165,9 @@ def sass(compiled: Any) -> Sass:
 
 
 def runs(compiled: Any) -> list[tuple[str, int]]:
-    """Of each access to a tensor [n, m]: what it is, and bytes that a warp touches side by side."""
+    """Of each access to a tensor [..., m]: what it is, and bytes that a warp touches side by side
+    along its last axis.
+    """
     text = compiled.asm["ttgir"]
     layouts = {}
     for name, *parts in re.findall(
@@ -171,11 +178,11 @@ def runs(compiled: Any) -> list[tuple[str, int]]:
         layouts[name] = [[int(n) for n in part.split(", ")] for part in parts]
     found = []
     for kind, shape, bits, name in re.findall(
-        r"(tt\.load|tt\.store) .*tensor<(\d+x\d+)x!tt.ptr<[a-z]+(\d+)>, (#\w+)>", text
+        r"(tt\.load|tt\.store) .*tensor<(\d+(?:x\d+)+)x!tt.ptr<[a-z]+(\d+)>, (#\w+)>", text
     ):
         each, threads, order = layouts[name]
-        width = int(shape.split("x")[1])
-        side = each[1] * (threads[1] if order[0] == 1 else 1)
+        width = int(shape.split("x")[-1])
+        side = each[-1] * (threads[-1] if order[0] == len(order) - 1 else 1)
         found.append((f"{kind} {shape}", min(side, width) * int(bits) // 8))
     return found
 

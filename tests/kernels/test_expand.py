@@ -224,7 +224,5 @@ def test_numbers_that_are_one_become_constants(kernel: Any) -> None:
 
 def product(kernel: Any, **ones: int) -> Any:
     """One of the products, compiled."""
-    stored = {"words": "*i32", "places": "*i16", "values": "*i32", "mask": "*i32"}
-    stored |= {"rows": "*i64", "blocks": "*i32"}
     own = {"BM": 16, "GROUP": 128, "low": 128, **({"BITS": 4} if kernel is bitmask else {})}
-    return offline.portable(kernel.product_kernel, stored, "sm_90", **own, **ones)
+    return offline.portable(kernel.product_kernel, offline.STORED, "sm_90", **own, **ones)

@@ -218,7 +218,7 @@ def test_it_waits_for_memory(GROUP: int, OUT: str) -> None:
     code = offline.sass(compiled(GROUP, getattr(tl, OUT)))
     each = len(code.opcodes) * module._WARPS * 32 / (64 * 32 * module._OCTETS)
     print(f"sm_90, groups of {GROUP}: {each:.2f} instructions a weight, start and end with them")
-    assert each <= 10.4 * 0.55 and code.spills == 0
+    assert each <= 10.4 * 0.55 and code.spills == 0  # 5.4 under Triton 3.6, 4.6 since
     stores = 64 * 32 * module._OCTETS * 9 // 8 // (module._WARPS * 32 * 16)
     assert offline.count(code.opcodes, "STG") == offline.count(code.opcodes, "STG.128") == stores
     if Version(triton.__version__) >= Version("3.7"):  # older ones change layouts here and there
@@ -226,10 +226,12 @@ def test_it_waits_for_memory(GROUP: int, OUT: str) -> None:
 
 
 def test_neighbours_read_and_write_side_by_side() -> None:
-    """A sector of memory has 32 bytes. Triton 3.6 once gave a warp's threads 32 rows each time."""
-    found = dict(offline.runs(compiled(0)))
-    assert found["tt.load 8x16"] == 64 and found["tt.load 16x8"] == 32
-    assert found["tt.store 8x128"] == 256
+    """A sector of memory has 32 bytes. Triton 3.6 gave each thread of a warp another row where the
+    order of two axes was left open; what is stored of positions is 16 bytes of each of them.
+    """
+    found = set(offline.runs(compiled(0)))
+    loads = {("tt.load 8x16", 64), ("tt.load 16x8", 32), ("tt.load 8x1", 2)}
+    assert found == loads | {("tt.store 8x128", 256), ("tt.store 16x8x4", 16)}
 
 
 def test_weights_may_have_more_than_two_to_the_31_inputs() -> None:

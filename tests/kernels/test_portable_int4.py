@@ -107,10 +107,10 @@ def test_what_no_kernel_takes_is_refused() -> None:
         portable_int4(torch.zeros(1, 92), words_4(stored(4, 96, "row", 32), 96))
 
 
-def compiled(target: str, BM: int, GROUP: int, low: int | None = None) -> Any:
+def compiled(target: str, BM: int, GROUP: int) -> Any:
     """The kernel for bfloat16 x."""
     stored = {"words": "*i32"}
-    return offline.portable(module.product_kernel, stored, target, BM=BM, GROUP=GROUP, low=low)
+    return offline.portable(module.product_kernel, stored, target, BM=BM, GROUP=GROUP)
 
 
 @pytest.mark.parametrize(
