@@ -106,7 +106,7 @@ all GPUs, so that all give the same bits."""
 
 def split_for(N: int, K: int, M: int) -> Split:
     """A `Split` for a matrix [N, K] and M rows of x: of those that an H200 was fastest or nearly so
-    with for the layers of Llama 2 7B, one whose programs all run at once up to 16 rows.
+    with for the layers of Llama 2 7B, one whose programs all run at once up to eight rows.
     """
     tiles = -(-N // 16)
     two = tiles >= (_MANY if M <= 8 else _MANY // 2)  # they share what is read of x
