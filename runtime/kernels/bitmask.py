@@ -27,10 +27,9 @@ from slimfx.runtime.kernels.portable import (
     check_group,
     check_sizes,
     product,
-    put,
-    scaled,
+    share,
 )
-from slimfx.runtime.kernels.portable_int4 import add_low, joined
+from slimfx.runtime.kernels.portable_int4 import complete, joined
 from slimfx.runtime.pack import FLOAT_BITS, PackedBitmask, unpack_bits
 from torch import Tensor
 
@@ -229,12 +228,7 @@ def product_kernel(
     LOW: tl.constexpr, R_GROUP: tl.constexpr, R_BK: tl.constexpr,
 ):  # fmt: skip
     """As `portable_int4.product_kernel`."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(2) * BM + tl.arange(0, BM)
-    row = tl.minimum(n, N - 1).to(tl.int64)  # what lies past the last row is not stored
-    turns = tl.cdiv(K, BK)
-    first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, turns)
+    n, m, row, turns, first, last = share(N, K, steps, BM, BN, BK)
     width = tl.cdiv(K, 128) * 4
     begin, before = row_start(values, rows, row, BITS)
     word = mask + row[:, None] * width + (first * (BK // 32) + tl.arange(0, BK // 32))[None, :]
@@ -252,10 +246,8 @@ def product_kernel(
         block += 1
         here += BK
         k += BK
-    acc = scaled(acc, scale, row, scale_row, GROUP)
-    if LOW:
-        acc = add_low(
-            acc, row, m, z, R, R_scale, M, turns, steps, rank, z_row, R_scale_row, N1, N2, N3,
-            R_GROUP, HALF, PRMT, BN, R_BK,
-        )  # fmt: skip
-    put(acc, n, m, bias, y, M, N, BIAS)
+    complete(
+        acc, n, m, row, scale, bias, y, M, N, turns, steps, scale_row,
+        z, R, R_scale, rank, z_row, R_scale_row, N1, N2, N3,
+        GROUP, HALF, BIAS, PRMT, BN, LOW, R_GROUP, R_BK,
+    )  # fmt: skip

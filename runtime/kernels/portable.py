@@ -242,6 +242,19 @@ def check_group(kernel: str, scale: Tensor, group: int, unit: int = 16) -> None:
 
 
 @triton.jit
+def share(N, K, steps, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """What a program takes: rows of the weight and of x; the former as they may be read; all turns
+    of W, its own first of them, and the one behind its last.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    row = tl.minimum(n, N - 1).to(tl.int64)  # what lies past the last row is not stored
+    turns = tl.cdiv(K, BK)
+    first = tl.program_id(1) * steps
+    return n, m, row, turns, first, tl.minimum(first + steps, turns)
+
+
+@triton.jit
 def add_product(tile, x, scale, acc, GROUP: tl.constexpr):
     """acc [n, m] + tile [n, k] x [k, m], times the scale of the tile's groups if it has them."""
     if GROUP > 0:

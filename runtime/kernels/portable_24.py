@@ -28,10 +28,9 @@ from slimfx.runtime.kernels.portable import (
     check_group,
     check_sizes,
     product,
-    put,
-    scaled,
+    share,
 )
-from slimfx.runtime.kernels.portable_int4 import add_low, joined, pair, slot
+from slimfx.runtime.kernels.portable_int4 import complete, joined, pair, slot
 from slimfx.runtime.pack import Packed24
 from torch import Tensor
 
@@ -218,12 +217,7 @@ def product_kernel(
     LOW: tl.constexpr, R_GROUP: tl.constexpr, R_BK: tl.constexpr,
 ):  # fmt: skip
     """As `portable_int4.product_kernel`."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(2) * BM + tl.arange(0, BM)
-    row = tl.minimum(n, N - 1).to(tl.int64)  # what lies past the last row is not stored
-    turns = tl.cdiv(K, BK)
-    first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, turns)
+    n, m, row, turns, first, last = share(N, K, steps, BM, BN, BK)
     # As a multiple of eight, so that the compiler knows that sixteen bytes can be read at once.
     at = (
         row[:, None] * (tl.cdiv(K, 128) * 8)
@@ -247,10 +241,8 @@ def product_kernel(
         acc = add_product(tile, xt, s, acc, GROUP)
         word = next_word
         place = next_place
-    acc = scaled(acc, scale, row, scale_row, GROUP)
-    if LOW:
-        acc = add_low(
-            acc, row, m, z, R, R_scale, M, turns, steps, rank, z_row, R_scale_row, N1, N2, N3,
-            R_GROUP, HALF, PRMT, BN, R_BK,
-        )  # fmt: skip
-    put(acc, n, m, bias, y, M, N, BIAS)
+    complete(
+        acc, n, m, row, scale, bias, y, M, N, turns, steps, scale_row,
+        z, R, R_scale, rank, z_row, R_scale_row, N1, N2, N3,
+        GROUP, HALF, BIAS, PRMT, BN, LOW, R_GROUP, R_BK,
+    )  # fmt: skip

@@ -30,6 +30,7 @@ from slimfx.runtime.kernels.portable import (
     product,
     put,
     scaled,
+    share,
 )
 from slimfx.runtime.pack import PackedDense
 from torch import Tensor
@@ -200,7 +201,7 @@ def sum_4(
 
 
 @triton.jit
-def add_low(
+def _add_low(
     acc, row, m, z, words, scale, M, turns, steps, rank, width, scale_row, N1, N2, N3,
     GROUP: tl.constexpr, HALF: tl.constexpr, PRMT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -221,6 +222,23 @@ def add_low(
 
 
 @triton.jit
+def complete(
+    acc, n, m, row, scale, bias, y, M, N, turns, steps, scale_row,
+    z, R, R_scale, rank, z_row, R_scale_row, N1, N2, N3,
+    GROUP: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr, PRMT: tl.constexpr,
+    BN: tl.constexpr, LOW: tl.constexpr, R_GROUP: tl.constexpr, R_BK: tl.constexpr,
+):  # fmt: skip
+    """Scale the sums [n, m] of W, add turns of R if LOW and the bias if BIAS, and store them."""
+    acc = scaled(acc, scale, row, scale_row, GROUP)
+    if LOW:
+        acc = _add_low(
+            acc, row, m, z, R, R_scale, M, turns, steps, rank, z_row, R_scale_row, N1, N2, N3,
+            R_GROUP, HALF, PRMT, BN, R_BK,
+        )  # fmt: skip
+    put(acc, n, m, bias, y, M, N, BIAS)
+
+
+@triton.jit
 def product_kernel(
     x, words, scale, bias, y, M, N, K, steps, scale_row,
     z, R, R_scale, rank, z_row, R_scale_row, N1, N2, N3,
@@ -229,20 +247,13 @@ def product_kernel(
     LOW: tl.constexpr, R_GROUP: tl.constexpr, R_BK: tl.constexpr,
 ):  # fmt: skip
     """y [split, M, N] of `steps` turns: those of W, then of R if LOW, and the bias if BIAS."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(2) * BM + tl.arange(0, BM)
-    row = tl.minimum(n, N - 1).to(tl.int64)  # what lies past the last row is not stored
-    turns = tl.cdiv(K, BK)
-    first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, turns)
+    n, m, row, turns, first, last = share(N, K, steps, BM, BN, BK)
     acc = tl.zeros((BN, BM), tl.float32)
     acc = sum_4(
         acc, x, words, scale, row, m, first, last, M, K, K, scale_row, GROUP, HALF, PRMT, BK
     )
-    acc = scaled(acc, scale, row, scale_row, GROUP)
-    if LOW:
-        acc = add_low(
-            acc, row, m, z, R, R_scale, M, turns, steps, rank, z_row, R_scale_row, N1, N2, N3,
-            R_GROUP, HALF, PRMT, BN, R_BK,
-        )  # fmt: skip
-    put(acc, n, m, bias, y, M, N, BIAS)
+    complete(
+        acc, n, m, row, scale, bias, y, M, N, turns, steps, scale_row,
+        z, R, R_scale, rank, z_row, R_scale_row, N1, N2, N3,
+        GROUP, HALF, BIAS, PRMT, BN, LOW, R_GROUP, R_BK,
+    )  # fmt: skip
