@@ -1,11 +1,12 @@
-"""How long calibration takes in one process and in several, of as many threads each.
+"""How long calibration and a search take in one process and in several, of as many threads each.
 
 export OMP_NUM_THREADS=1
 python examples/processes.py
 python -m torch.distributed.run --standalone --nproc-per-node 2 examples/processes.py
 
-A Llama of three layers with random weights and 16 windows of random tokens, once with the diagonal
-of the inputs' covariance and once with all of it.
+A Llama of three layers with random weights and 16 windows of random tokens: calibration with the
+diagonal of the inputs' covariance, and with all of it; what a search for a budget looks at, two
+layouts of each layer at all ranks.
 """
 
 import argparse
@@ -21,10 +22,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimfx
 from slimfx import calibrate, ranks
+from slimfx.candidates import candidates
+from slimfx.steps import Solve
+
+QUICK = replace(slimfx.Recipe.preset("joint-q"), solve=Solve("joint", rounds=2))
 
 
 def main() -> None:
-    """Two lines, from the first process."""
+    """Three lines, from the first process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--length", type=int, default=512)
@@ -39,6 +44,9 @@ def main() -> None:
             if mine.own == 0:
                 kind = "whole covariance" if full else "diagonal"
                 print(f"{mine.size} processes, {kind}: {seconds:.2f} s", flush=True)
+        seconds = searched(program, batches, mine)
+        if mine.own == 0:
+            print(f"{mine.size} processes, search: {seconds:.1f} s", flush=True)
 
 
 def build(width: int) -> ExportedProgram:
@@ -69,6 +77,15 @@ def calibrated(
         if watched:
             calibrate.observe(walk, block, watched, names)
         walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
+    mine.once(lambda: None)
+    return time.perf_counter() - began
+
+
+def searched(program: ExportedProgram, batches: list[torch.Tensor], mine: ranks.Ranks) -> float:
+    """Seconds of a search without what follows it."""
+    mine.once(lambda: None)
+    began = time.perf_counter()
+    candidates(program, batches, recipe=QUICK, layouts=["2:4 int4", "int4"], ranks=mine)
     mine.once(lambda: None)
     return time.perf_counter() - began
 

@@ -21,7 +21,9 @@ from slimfx.evaluate import evaluate
 from slimfx.methods.allocate import Option, allocate
 from slimfx.passes.find_linears import find_linears
 from slimfx.plan import plan
+from slimfx.ranks import ALONE, Ranks
 from slimfx.recipe import Recipe
+from slimfx.runtime.unread import place_of
 from slimfx.sensitivity import is_language_model
 from slimfx.steps import LayerRecipe, Override, Target
 
@@ -41,6 +43,7 @@ def fit(
     text: Any = None,
     remembered: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Recipe:
     """The recipe with the least predicted loss within a size, or the smallest within a loss.
 
@@ -50,30 +53,40 @@ def fit(
             does not count.
         layouts: those of `LAYOUTS` that a layer may have.
         text: held-out text that a loss is measured on, as in `slimfx.data`.
-        remembered: as for `candidates`.
+        remembered, ranks: as for `candidates`.
 
     Raises:
         BudgetError: the target is impossible; names the nearest possible.
     """
     base, tell = Recipe.load(recipe), progress or (lambda share, what: None)
     base = dataclasses.replace(base, budget=None)
-    if any(tensor.is_meta for tensor in program.state_dict.values()):
-        raise BudgetError("a search reads all weights more than once: capture with weights=True")
+    meta = [tensor for tensor in program.state_dict.values() if tensor.is_meta]
+    if any(place_of(tensor) is None for tensor in meta):
+        raise BudgetError('the program has no weights: capture it with weights=True or "unread"')
     if target.loss is not None and not is_language_model(program):
         raise BudgetError("a loss is one of perplexity, which needs a language model; give a size")
+    if target.loss is not None and meta:
+        raise BudgetError("a loss is measured on the whole program: capture with weights=True")
     search = candidates(
         *(program, calibration),
         recipe=base,
         layouts=layouts,
         remembered=remembered,
         progress=tell,
+        ranks=ranks,
     )
     if target.loss is not None:
-        return _within_loss(program, target.loss, base, search, (calibration, text, tell))
-    return choose(program, target, base, search)
+        return _within_loss(program, target.loss, base, search, (calibration, text, tell), ranks)
+    return choose(program, target, base, search, ranks)
 
 
-def choose(program: ExportedProgram, target: Target, base: Recipe, search: Candidates) -> Recipe:
+def choose(
+    program: ExportedProgram,
+    target: Target,
+    base: Recipe,
+    search: Candidates,
+    ranks: Ranks = ALONE,
+) -> Recipe:
     """The recipe for bits, a size or a latency out of a search made before, for any of them.
 
     Raises:
@@ -82,7 +95,7 @@ def choose(program: ExportedProgram, target: Target, base: Recipe, search: Candi
     if target.size is not None:
         return _within_size(program, target.size, base, search)
     if target.latency is not None:
-        return _within_latency(program, target.latency, base, search)
+        return _within_latency(program, target.latency, base, search, ranks)
     assert target.bits is not None
     weights = sum(site.out_features * site.in_features for site in linears_of(program, base))
     chosen = _within(search, target.bits * weights / 8)
@@ -130,16 +143,18 @@ def _within_size(program: ExportedProgram, size: float, base: Recipe, search: Ca
 
 
 def _within_latency(
-    program: ExportedProgram, seconds: float, base: Recipe, search: Candidates
+    program: ExportedProgram, seconds: float, base: Recipe, search: Candidates, ranks: Ranks
 ) -> Recipe:
-    """The recipe whose linears are measured to take so long at most, those it skips included."""
+    """The recipe whose linears are measured to take so long at most, those it skips included; the
+    first process measures.
+    """
     from slimfx.latency import latencies  # loads the compiler, slow
 
     sites = find_linears(program)
     stays = [Candidate(None, 0, 0.0)]
     options = [search.get(site.name, stays) for site in sites]
     hows = ([c.how for c in each] for each in options)
-    times = latencies(zip(sites, hows, strict=True))
+    times = ranks.once(lambda: latencies(zip(sites, hows, strict=True)))
     places = [
         [Option(t, c.loss) for t, c in zip(*pair, strict=True)]
         for pair in zip(times, options, strict=True)
@@ -161,11 +176,12 @@ def _within_loss(
     base: Recipe,
     search: Candidates,
     given: tuple[Any, Any, Progress],
+    ranks: Ranks,
 ) -> Recipe:
     """The smallest recipe whose measured loss holds, found by correcting what was predicted."""
     calibration, text, tell = given
     places = [[Option(c.loss, c.bytes) for c in each] for each in search.values()]
-    dense = evaluate(program, text, samples=_WINDOWS).value
+    dense = ranks.once(lambda: evaluate(program, text, samples=_WINDOWS).value)
     limit, holds, fails, nearest = math.log1p(loss), 0.0, math.inf, math.inf
     allowed, best = limit, None
     for attempt in range(_TRIES):
@@ -174,8 +190,9 @@ def _within_loss(
         if chosen is None:
             break
         recipe = _recipe(base, search, _picked(search, chosen))
-        small = compress(program, recipe, calibration)
-        found = math.log(evaluate(small, text, samples=_WINDOWS).value / dense)
+        small = compress(program, recipe, calibration, ranks=ranks)
+        measured = ranks.once(lambda: evaluate(small, text, samples=_WINDOWS).value)  # noqa: B023
+        found = math.log(measured / dense)
         nearest = min(nearest, found)
         if found <= limit:
             best, holds = recipe, allowed

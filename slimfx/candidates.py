@@ -33,7 +33,9 @@ from slimfx.passes.cut_blocks import Block, cut_blocks
 from slimfx.passes.find_linears import Site, find_linears
 from slimfx.passes.observe_inputs import observe_inputs
 from slimfx.plan import problems_of, row_of
+from slimfx.ranks import ALONE, Ranks
 from slimfx.recipe import Recipe
+from slimfx.runtime.unread import read
 from slimfx.sensitivity import sensitivities
 from slimfx.solve import solve
 from slimfx.steps import LayerRecipe, Prune, Quantize
@@ -79,12 +81,14 @@ def candidates(
     layouts: Iterable[str] = tuple(LAYOUTS),
     remembered: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Candidates:
     """What each layer may become, its bytes exact, its loss predicted.
 
     Args:
         remembered: keep what is computed in the user's cache folder (`remember`), and take it from
             there for the same program, weights, recipe, layouts and data.
+        ranks: the processes that call this with the same arguments and share the work.
 
     Raises:
         BudgetError: the recipe or a layout is not one that can be searched.
@@ -94,12 +98,15 @@ def candidates(
         raise BudgetError(f"layout {unknown[0]!r} is not one of {', '.join(LAYOUTS)}")
     sites = linears_of(program, recipe)
     batches = data.batches(program, calibration, recipe.calibration)
-    key = _key(program, batches, recipe, layouts) if remembered else {}
-    losses = remember.recall("search", key) if remembered else None
+    key, losses = None, None
+    if remembered:
+        key = ranks.once(lambda: _key(program, batches, recipe, layouts))
+        losses = ranks.once(lambda: remember.recall("search", key))
     if losses is None:
-        losses = _losses(program, batches, recipe, layouts, sites, tell)
-        if remembered:
-            remember.keep("search", key, losses)
+        start = calibrate.start(program, batches, ranks)
+        losses = _losses(start, batches, recipe, layouts, sites, tell)
+        if key is not None:
+            ranks.once(lambda: remember.keep("search", key, losses))
     found = {site.name: _candidates(site, recipe, losses[site.name]) for site in sites}
     return {name: _nameable(name, each, found) for name, each in found.items()}
 
@@ -118,7 +125,7 @@ def _key(
 
 
 def _losses(
-    program: ExportedProgram,
+    walk: Walk,
     batches: Sequence[Any],
     recipe: Recipe,
     layouts: list[str],
@@ -126,22 +133,22 @@ def _losses(
     tell: Progress,
 ) -> dict[str, dict[str, list[float]]]:
     """The predicted loss of each layer in each layout that it can have, at each of `_ranks`."""
-    blocks = cut_blocks(program, sites)
+    blocks = cut_blocks(walk.program, sites)
     curves: dict[str, dict[str, Tensor]] = {}
     gains = dict.fromkeys(layouts, 1.0)
     with torch.random.fork_rng():
         tell(0.0, "sensitivity")
         few = batches[: max(1, _SENSITIVE_SAMPLES // recipe.calibration.batch)]
-        matters = sensitivities(program, blocks, few, seed=recipe.calibration.seed)
-        walk = calibrate.start(program, batches)
+        seed, ranks = recipe.calibration.seed, walk.ranks
+        matters = sensitivities(walk.program, blocks, few, seed=seed, ranks=ranks)
         holders = [block for block in blocks if block.sites]
         for block in blocks[: blocks.index(holders[-1]) + 1]:
             tell(0.1 + 0.9 * len(curves) / len(sites), block.name or "model")
             layers = _layers(walk, block, recipe, matters)
-            curves |= {each.site.name: _curves(each, layouts) for each in layers}
+            curves |= _curves(layers, layouts, ranks)
             if block is holders[len(holders) // 2]:
                 shapes = list({layer.W.shape: layer for layer in layers}.values())
-                gains = {name: _gain(shapes, name, curves) for name in layouts}
+                gains = _gains(shapes, layouts, curves, ranks)
             if block is not holders[-1]:
                 walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
     return {
@@ -215,36 +222,63 @@ def _layers(
     stats = calibrate.observe(walk, block, watched, names) if watched else {}
     found = []
     for site in block.sites:
-        stored, how = program.state_dict[site.fqn].detach().float(), recipe.for_layer(site.name)
+        stored, how = read(program.state_dict[site.fqn]).detach(), recipe.for_layer(site.name)
         assert how is not None
-        W = stored.T if site.transposed else stored
+        W = (stored.T if site.transposed else stored).float()
         weights = matters.get(site.name, W.new_zeros(len(W)))  # no output depends on it
         found.append(_Layer(site, how, W, stats[site.name], weights, site.bias is not None))
     return found
 
 
-def _curves(layer: _Layer, layouts: Iterable[str]) -> dict[str, Tensor]:
-    """For each possible layout, the loss that the best adapter leaves, by rank."""
-    found = {}
-    for layout in layouts:
-        how = _how(layer.how, layout, 0)
-        if not any(problems_of(layer.site, how)):
-            found[layout] = left_by_rank(layer.left(how), layer.covariance, layer.matters)
+def _curves(
+    layers: list[_Layer], layouts: Iterable[str], ranks: Ranks
+) -> dict[str, dict[str, Tensor]]:
+    """For each layer and possible layout, the loss that the best adapter leaves, by rank."""
+    pairs = [
+        (layer, layout)
+        for layer in layers
+        for layout in layouts
+        if not any(problems_of(layer.site, _how(layer.how, layout, 0)))
+    ]
+    found: dict[str, dict[str, Tensor]] = {layer.site.name: {} for layer in layers}
+    for (layer, layout), curve in zip(pairs, ranks.each(pairs, _curve), strict=True):
+        found[layer.site.name][layout] = curve
     return found
 
 
-def _gain(layers: list[_Layer], layout: str, curves: dict[str, dict[str, Tensor]]) -> float:
-    """The loss of the joint solver in shares of what an adapter of its rank leaves by itself."""
-    shares = []
-    for layer in layers:
-        curve, adapter = curves[layer.site.name].get(layout), layer.how.adapter
-        if curve is None or adapter is None or layout in _EXACT:
-            continue
-        rank = adapter.rank_for(*layer.W.shape)
-        E, H = layer.left(_how(layer.how, layout, rank)), layer.covariance
-        if curve[rank] > 0:
-            shares.append((layer.matters @ ((E @ H) * E)).sum().item() / curve[rank].item())
-    return sum(shares) / len(shares) if shares else 1.0
+def _curve(pair: tuple[_Layer, str]) -> Tensor:
+    layer, layout = pair
+    return left_by_rank(layer.left(_how(layer.how, layout, 0)), layer.covariance, layer.matters)
+
+
+def _gains(
+    layers: list[_Layer],
+    layouts: Iterable[str],
+    curves: dict[str, dict[str, Tensor]],
+    ranks: Ranks,
+) -> dict[str, float]:
+    """For each layout, the loss of the joint solver in shares of what an adapter of its rank leaves
+    by itself; the mean of those layers.
+    """
+    pairs = [
+        (layer, layout, rank, curve[rank].item())
+        for layout in layouts
+        for layer in layers
+        if layout not in _EXACT
+        and layer.how.adapter is not None
+        and (curve := curves[layer.site.name].get(layout)) is not None
+        and curve[rank := layer.how.adapter.rank_for(*layer.W.shape)] > 0
+    ]
+    shares: dict[str, list[float]] = {layout: [] for layout in layouts}
+    for (_, layout, _, alone), loss in zip(pairs, ranks.each(pairs, _joint_loss), strict=True):
+        shares[layout].append(loss / alone)
+    return {layout: sum(each) / len(each) if each else 1.0 for layout, each in shares.items()}
+
+
+def _joint_loss(pair: tuple[_Layer, str, int, float]) -> float:
+    layer, layout, rank, _ = pair
+    E, H = layer.left(_how(layer.how, layout, rank)), layer.covariance
+    return (layer.matters @ ((E @ H) * E)).sum().item()
 
 
 def _how(base: LayerRecipe, layout: str, rank: int) -> LayerRecipe:

@@ -136,7 +136,7 @@ def compress(
     began = time.perf_counter()
     pt2.check_target(output, form)
     target = cli_budget.target_of(bits, target_size, max_loss, target_latency, recipe)
-    read = is_artifact(model) or target is not None  # a search reads all weights more than once
+    read = is_artifact(model) or (target is not None and target.loss is not None)
     folder = output.with_name(f".{output.name}.journal")
     prepare_allocator()
     with ranks.joined() as mine:
@@ -144,7 +144,7 @@ def compress(
         with show.line("search" if target else "compress", seen=seen) as tell:
             program = program_of(model) if read else slimfx.capture(model, weights="unread")
             chosen = cli_budget.recipe_for(
-                *(program, recipe, data, target), text=text, layouts=layouts, progress=tell
+                *(program, recipe, data, target, mine), text=text, layouts=layouts, progress=tell
             )
         with journal.opened(folder, mine) as book, show.line("compress", seen=seen) as tell:
             planned = slimfx.plan(program, chosen)

@@ -13,6 +13,7 @@ from slimfx.budget import Target, fit
 from slimfx.candidates import LAYOUTS
 from slimfx.cli_arguments import names_in
 from slimfx.errors import BudgetError
+from slimfx.ranks import Ranks
 from slimfx.recipe import Recipe
 
 Bits = Annotated[
@@ -72,6 +73,7 @@ def recipe_for(
     recipe: str | None,
     data: str | None,
     target: Target | None,
+    ranks: Ranks,
     *,
     text: str | None = None,
     layouts: str | None = None,
@@ -89,6 +91,7 @@ def recipe_for(
         text=text,
         remembered=True,
         progress=progress,
+        ranks=ranks,
         **options,
     )
 

@@ -88,7 +88,9 @@ def compress(
         from slimfx.budget import fit  # compresses, too
 
         first = partial(_tell_share, tell, 0.0, 0.5)
-        recipe = fit(program, recipe.budget, calibration, recipe=recipe, progress=first)
+        recipe = fit(
+            *(program, recipe.budget, calibration), recipe=recipe, progress=first, ranks=ranks
+        )
         tell = partial(_tell_share, tell, 0.5, 0.5)
     planned = {row.name: row for row in plan(program, recipe).rows}
     skipped = {row.name: row.skipped for row in planned.values() if row.skipped}

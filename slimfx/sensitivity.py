@@ -31,33 +31,51 @@ from slimfx.calibrate import Values, Walk
 from slimfx.errors import CalibrationError
 from slimfx.passes.cut_blocks import Block
 from slimfx.passes.inputs import tensor_inputs
+from slimfx.ranks import ALONE, Ranks
 from slimfx.tune import gradients
 
 
 def sensitivities(
-    program: ExportedProgram, blocks: Sequence[Block], batches: Sequence[Any], *, seed: int
+    program: ExportedProgram,
+    blocks: Sequence[Block],
+    batches: Sequence[Any],
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """1/2 E[g^2] of each site's outputs, float32 [N], per token (or row) of the program's output.
+
+    Args:
+        ranks: the processes that call this with the same arguments, and share the batches.
 
     Raises:
         CalibrationError: the program answers with no floating-point tensor.
     """
     found: dict[str, Tensor] = {}
-    draw = torch.Generator().manual_seed(seed)
-    text = is_language_model(program)
     rows = 0
-    for batch in batches:
-        walk, reached = calibrate.start(program, [batch]), []
-        for block in blocks:
-            reached.append(walk)
-            walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
-        node = _answer(program)
-        answer = walk.batches[0][node].detach()
-        rows += answer[..., 0].numel()
-        cotangents = {node: _tokens(answer, draw) if text else _signs(answer, walk.masks[0], draw)}
-        for block, before in zip(reversed(blocks), reversed(reached), strict=True):
-            cotangents = _backward(before, block, cotangents, found)
+    numbers = range(len(batches))
+    for sums, count in ranks.each(numbers, lambda i: _sums(program, blocks, batches[i], seed + i)):
+        found |= {name: found.get(name, 0) + each for name, each in sums.items()}
+        rows += count
     return {name: total / rows / 2 for name, total in found.items()}
+
+
+def _sums(
+    program: ExportedProgram, blocks: Sequence[Block], batch: Any, seed: int
+) -> tuple[dict[str, Tensor], int]:
+    """The sum of g^2 over a batch for each site's outputs [N], and how many tokens it has."""
+    found: dict[str, Tensor] = {}
+    walk, reached = calibrate.start(program, [batch]), []
+    for block in blocks:
+        reached.append(walk)
+        walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
+    node, draw = _answer(program), torch.Generator().manual_seed(seed)
+    answer = walk.batches[0][node].detach()
+    text = is_language_model(program)
+    cotangents = {node: _tokens(answer, draw) if text else _signs(answer, walk.masks[0], draw)}
+    for block, before in zip(reversed(blocks), reversed(reached), strict=True):
+        cotangents = _backward(before, block, cotangents, found)
+    return found, answer[..., 0].numel()
 
 
 def is_language_model(program: ExportedProgram) -> bool:
@@ -100,6 +118,7 @@ def _backward(
     walk: Walk, block: Block, cotangents: dict[Node, Tensor], found: dict[str, Tensor]
 ) -> dict[Node, Tensor]:
     """Gradients of what reached a block from those of what it answers; adds to `found`."""
+    walk = calibrate.read_block(walk, block)
     inputs: Values = {node: _leaf(value) for node, value in walk.batches[0].items()}
     begins = not any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values())
     lifted = {node: _leaf(value, begins) for node, value in walk.lifted.items()}

@@ -17,13 +17,20 @@ from torch.export import ExportedProgram
 
 import slimfx
 from slimfx import Recipe, journal, ranks
-from slimfx.steps import Tune
+from slimfx.recipe import Calibration
+from slimfx.steps import Target, Tune
 
 JOBS = {
     "diagonal": ("llama", RECIPES["slim"]),
     "covariance": ("llama", Recipe.preset("joint")),
     "tuned": ("llama", dataclasses.replace(RECIPES["int4"], tune=Tune(epochs=1))),
     "random": ("random", RECIPES["wanda"]),
+    "searched": (
+        "llama",
+        dataclasses.replace(
+            Recipe.preset("joint-q"), budget=Target(bits=5), calibration=Calibration(batch=2)
+        ),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from slimfx.runtime.manifest import manifest_of
 from torch.export import ExportedProgram
 
 import slimfx
-from slimfx import budget
+from slimfx import budget, latency
 from slimfx.budget import Target, fit
 from slimfx.candidates import LAYOUTS, Candidates, candidates
 from slimfx.errors import BudgetError, PlanError
 from slimfx.plan import plan
+from slimfx.ranks import Ranks
 from slimfx.recipe import Calibration, Recipe
 
 JOINT = Recipe.preset("joint-q")
@@ -115,10 +117,30 @@ def test_a_recipe_with_a_budget_is_searched_and_then_compressed() -> None:
     assert shares == sorted(shares) and min(shares) < 0.1 and max(shares) > 0.9
 
 
-@pytest.mark.parametrize("weights", [False, "unread"])
-def test_a_search_needs_the_weights(weights: bool | str) -> None:
-    with pytest.raises(BudgetError, match="capture with weights=True"):
-        fit(slimfx.capture(DEMO, max_length=64, weights=weights), Target(bits=4.2))
+def test_a_search_needs_the_weights() -> None:
+    with pytest.raises(BudgetError, match="no weights: capture it with weights=True or"):
+        fit(slimfx.capture(DEMO, max_length=64, weights=False), Target(bits=4.2))
+    with pytest.raises(BudgetError, match="whole program: capture with weights=True"):
+        fit(slimfx.capture(DEMO, max_length=64, weights="unread"), Target(loss=0.1))
+
+
+def test_weights_that_stay_in_files_are_searched_to_the_same() -> None:
+    program = slimfx.capture(DEMO, max_length=64, weights="unread")
+    assert candidates(program, recipe=QUICK) == search("demo")
+    assert all(tensor.is_meta for tensor in program.state_dict.values())
+
+
+def test_processes_beside_the_first_take_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = search("llama")
+
+    class Second(Ranks):
+        def once(self, work: Any) -> Any:
+            return [[1.0 + i for i, _ in enumerate(found.get(site.name, [0]))] for site in sites]
+
+    monkeypatch.setattr(latency, "latencies", None)  # it would fail to measure
+    sites = find_linears(captured("llama"))
+    with pytest.raises(BudgetError, match=f"the nearest possible .* is {1000 * len(sites)}.000 ms"):
+        budget.choose(captured("llama"), Target(latency=1e-9), JOINT, found, Second())
 
 
 def test_a_plan_does_not_search() -> None:

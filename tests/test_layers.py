@@ -202,7 +202,7 @@ def test_no_function_is_longer_than_60_lines(path: Path) -> None:
     assert long == []
 
 
-def test_no_file_is_longer_than_400_lines_and_all_together_27200() -> None:
+def test_no_file_is_longer_than_400_lines_and_all_together_27600() -> None:
     """9000 until CPU kernels, their packages, the torch.compile backend and benches came in, 11000
     until GPU kernels, the cache, three targets and the imports did, 21000 until fine-tuning and
     cuSPARSELt's form did, 26500 until `plan --time` measured saving and larger layers, 26600
@@ -214,7 +214,7 @@ def test_no_file_is_longer_than_400_lines_and_all_together_27200() -> None:
         for name, path in zip(NAMES, SOURCES, strict=True)
     }
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert sum(lines.values()) <= 27200
+    assert sum(lines.values()) <= 27600
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

@@ -106,6 +106,31 @@ def test_the_command_in_two_processes_says_what_it_made_once(tmp_path: Path) -> 
     assert small.read_bytes() == two
 
 
+def test_a_search_in_two_processes_is_that_of_one_and_kept_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIMFX_CACHE", str(tmp_path / "cache"))
+    dense, text, small = tmp_path / "dense.pt2", tmp_path / "text.txt", tmp_path / "small.pt2"
+    slimfx.save(with_tokenizer(captured("llama")), dense)
+    text.write_text(" ".join(f"w{i * 7 % 90}" for i in range(400)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: joint-q\ncalibration: {samples: 4, length: 32, batch: 1}\n")
+    words = ["-m", "slimfx", "compress", dense, "-r", recipe, "-d", text, "-o", small]
+    words += ["--bits", "5", "--layouts", "2:4 int4,int4"]
+    made, kept = [], []
+    for count in (2, 1, 2):  # the second finds what the first kept, the third searches again
+        done = start(count, *words)
+        assert done.returncode == 0, done.stderr
+        made.append(small.read_bytes())
+        [file] = (tmp_path / "cache").glob("search-*.json")
+        kept.append((file.read_bytes(), file.stat().st_mtime_ns))
+        if count == 1:
+            file.unlink()
+    assert made[0] == made[1] == made[2]
+    assert kept[0] == kept[1]
+    assert kept[0][0] == kept[2][0]
+
+
 def test_parts_are_put_together_in_order_and_errors_are_of_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
