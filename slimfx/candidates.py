@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +87,8 @@ def candidates(
     """What each layer may become, its bytes exact, its loss predicted.
 
     Args:
-        remembered: keep what is computed in the user's cache folder (`remember`), and take it from
-            there for the same program, weights, recipe, layouts and data.
+        remembered: keep what is computed, block by block, in the user's cache folder (`remember`),
+            and take it from there for the same program, weights, recipe, layouts and data.
         ranks: the processes that call this with the same arguments and share the work.
 
     Raises:
@@ -98,15 +99,10 @@ def candidates(
         raise BudgetError(f"layout {unknown[0]!r} is not one of {', '.join(LAYOUTS)}")
     sites = linears_of(program, recipe)
     batches = data.batches(program, calibration, recipe.calibration)
-    key, losses = None, None
-    if remembered:
-        key = ranks.once(lambda: _key(program, batches, recipe, layouts))
-        losses = ranks.once(lambda: remember.recall("search", key))
-    if losses is None:
-        start = calibrate.start(program, batches, ranks)
-        losses = _losses(start, batches, recipe, layouts, sites, tell)
-        if key is not None:
-            ranks.once(lambda: remember.keep("search", key, losses))
+    key = ranks.once(lambda: _key(program, batches, recipe, layouts)) if remembered else None
+    job = _Job(program, batches, recipe, layouts, sites, ranks, key)
+    losses = job.kept("all", lambda: _losses(job, tell))
+    job.forget_blocks()
     found = {site.name: _candidates(site, recipe, losses[site.name]) for site in sites}
     return {name: _nameable(name, each, found) for name, each in found.items()}
 
@@ -124,43 +120,83 @@ def _key(
     }
 
 
-def _losses(
-    walk: Walk,
-    batches: Sequence[Any],
-    recipe: Recipe,
-    layouts: list[str],
-    sites: list[Site],
-    tell: Progress,
-) -> dict[str, dict[str, list[float]]]:
+@dataclass(frozen=True)
+class _Job:
+    """What is to be searched, and by whom."""
+
+    program: ExportedProgram
+    batches: Sequence[Any]
+    recipe: Recipe
+    layouts: list[str]
+    sites: list[Site]
+    ranks: Ranks
+    key: dict[str, Any] | None
+    """All that decides what it comes to, where that is remembered."""
+
+    def kept(self, part: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `work` comes to, or came to in an earlier search, which may not have ended."""
+        if self.key is None:
+            return work()
+        key = {**self.key, "part": part}
+        found = self.ranks.once(lambda: remember.recall("search", key))
+        if found is None:
+            found = work()
+            self.ranks.once(lambda: remember.keep("search", key, found))
+        return found  # type: ignore[no-any-return]
+
+    def forget_blocks(self) -> None:
+        """Remove what is kept of blocks, each by the name of its first layer."""
+        if self.key is not None and self.ranks.own == 0:
+            for site in self.sites:
+                remember.forget("search", {**self.key, "part": site.name})
+
+
+def _losses(job: _Job, tell: Progress) -> dict[str, dict[str, list[float]]]:
     """The predicted loss of each layer in each layout that it can have, at each of `_ranks`."""
-    blocks = cut_blocks(walk.program, sites)
-    curves: dict[str, dict[str, Tensor]] = {}
-    gains = dict.fromkeys(layouts, 1.0)
+    blocks = cut_blocks(job.program, job.sites)
+    holders = [i for i, block in enumerate(blocks) if block.sites]
+    last, middle = holders[-1], holders[len(holders) // 2]
+    losses: dict[str, dict[str, list[float]]] = {}
+    gains: dict[str, float] = {}
     with torch.random.fork_rng():
         tell(0.0, "sensitivity")
-        few = batches[: max(1, _SENSITIVE_SAMPLES // recipe.calibration.batch)]
-        seed, ranks = recipe.calibration.seed, walk.ranks
-        matters = sensitivities(walk.program, blocks, few, seed=seed, ranks=ranks)
-        holders = [block for block in blocks if block.sites]
-        for block in blocks[: blocks.index(holders[-1]) + 1]:
-            tell(0.1 + 0.9 * len(curves) / len(sites), block.name or "model")
-            layers = _layers(walk, block, recipe, matters)
-            curves |= _curves(layers, layouts, ranks)
-            if block is holders[len(holders) // 2]:
-                shapes = list({layer.W.shape: layer for layer in layers}.values())
-                gains = _gains(shapes, layouts, curves, ranks)
-            if block is not holders[-1]:
+        calibration = job.recipe.calibration
+        few = job.batches[: max(1, _SENSITIVE_SAMPLES // calibration.batch)]
+        matters = sensitivities(job.program, blocks, few, seed=calibration.seed, ranks=job.ranks)
+        walk = calibrate.start(job.program, job.batches, job.ranks)
+        for number, block in enumerate(blocks[: last + 1]):
+            tell(0.1 + 0.9 * len(losses) / len(job.sites), block.name or "model")
+            if block.sites:
+                look = partial(_look, job, walk, block, matters, gains=number == middle)
+                found = job.kept(block.sites[0].name, look)
+                losses, gains = losses | found["losses"], gains | found["gains"]
+            if number < last:
                 walk = replace(walk, batches=dict(calibrate.advance(walk, block, {})))
     return {
-        site.name: {
-            layout: [
-                curve[rank].item() * (gains[layout] if rank else 1.0)
-                for rank in _ranks(site, recipe, layout)
-            ]
-            for layout, curve in curves[site.name].items()
+        name: {
+            layout: [loss * (gains[layout] if i else 1.0) for i, loss in enumerate(each)]
+            for layout, each in by_layout.items()
         }
-        for site in sites
+        for name, by_layout in losses.items()
     }
+
+
+def _look(
+    job: _Job, walk: Walk, block: Block, matters: Mapping[str, Tensor], *, gains: bool
+) -> dict[str, Any]:
+    """What adapters of fixed weights leave in a block and, if asked, what joint solving gains."""
+    layers = _layers(walk, block, job.recipe, matters)
+    curves = _curves(layers, job.layouts, job.ranks)
+    shapes = list({layer.W.shape: layer for layer in layers}.values())
+    losses = {
+        layer.site.name: {
+            layout: [curve[rank].item() for rank in _ranks(layer.site, job.recipe, layout)]
+            for layout, curve in curves[layer.site.name].items()
+        }
+        for layer in layers
+    }
+    found = _gains(shapes, job.layouts, curves, job.ranks) if gains else {}
+    return {"losses": losses, "gains": found}
 
 
 def linears_of(program: ExportedProgram, recipe: Recipe) -> list[Site]:

@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,12 @@ def keep(kind: str, key: Mapping[str, Any], value: Any) -> None:
         warnings.warn(
             f"slimfx: not kept for the next time: {error}; set SLIMFX_CACHE", stacklevel=2
         )
+
+
+def forget(kind: str, key: Mapping[str, Any]) -> None:
+    """Remove what `keep` was given, if it is there."""
+    with suppress(OSError):
+        _path(kind, key).unlink()
 
 
 def _path(kind: str, key: Mapping[str, Any]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,37 @@ def test_weights_that_stay_in_files_are_searched_to_the_same() -> None:
     program = slimfx.capture(DEMO, max_length=64, weights="unread")
     assert candidates(program, recipe=QUICK) == search("demo")
     assert all(tensor.is_meta for tensor in program.state_dict.values())
+
+
+def test_a_search_that_was_ended_goes_on_behind_its_last_block(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLIMFX_CACHE", str(tmp_path))
+    program, batches, solved = captured("llama"), case("llama").batches, list[str]()
+    solve = slimfx.candidates.solve
+
+    def counted(name: str, *rest: Any, **words: Any) -> Any:
+        solved.append(name)
+        return solve(name, *rest, **words)
+
+    def stop(share: float, what: str) -> None:
+        if what.endswith("layers.1"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimfx.candidates.solve", counted)
+    search = partial(candidates, program, batches, recipe=JOINT, layouts=["2:4 int4", "int8"])
+    with pytest.raises(KeyboardInterrupt):
+        search(remembered=True, progress=stop)
+    assert solved and all("layers.0" in name for name in solved)
+    solved.clear()
+    found = search(remembered=True)
+    assert solved and not any("layers.0" in name for name in solved)
+    assert len(list(tmp_path.iterdir())) == 1  # the whole; its parts are gone
+    solved.clear()
+    assert search(remembered=True) == found
+    assert not solved
+    assert search() == found
+    assert any("layers.0" in name for name in solved)
 
 
 def test_processes_beside_the_first_take_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
