@@ -31,6 +31,7 @@ from slimfx.calibrate import Values, Walk
 from slimfx.errors import CalibrationError
 from slimfx.passes.cut_blocks import Block
 from slimfx.passes.inputs import tensor_inputs
+from slimfx.passes.replace_tables import find_tables
 from slimfx.ranks import ALONE, Ranks
 from slimfx.tune import gradients
 
@@ -79,9 +80,12 @@ def _sums(
 
 
 def is_language_model(program: ExportedProgram) -> bool:
-    """Does it answer tokens with the logits of the next ones?"""
+    """Does it answer tokens with the logits of the next ones, as many as a table has rows?"""
     inputs = tensor_inputs(program)
-    return "input_ids" in inputs and "attention_mask" not in inputs
+    if "input_ids" not in inputs or "attention_mask" in inputs:
+        return False
+    width = _answer(program).meta["val"].shape[-1]
+    return any(width == table.shape[0] for table in find_tables(program))
 
 
 def _answer(program: ExportedProgram) -> Node:

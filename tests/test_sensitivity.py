@@ -104,6 +104,25 @@ def test_padding_counts_for_nothing() -> None:
         torch.testing.assert_close(second[name], wanted, rtol=1e-4, atol=0.0)
 
 
+class Texts(nn.Module):
+    """Tokens become states of eight numbers, or what a head makes of them."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 8)
+        self.head = head
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.table(input_ids))
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_what_answers_with_other_than_logits_is_no_language_model(width: int) -> None:
+    ids = torch.arange(6).view(2, 3)
+    program = torch.export.export(Texts(nn.Linear(8, width)).eval(), (), {"input_ids": ids})
+    assert is_language_model(program) == (width == 32)
+
+
 class Chosen(nn.Module):
     """A linear behind which only indices are left."""
 
