@@ -57,6 +57,10 @@ gpu:  ## tests and benches of the GPU kernels, nothing installed; results/gpu_*.
 gpu-splits:  ## how programs of the GPU kernels had best share a weight
 	.ci/gpu --links python3 $(CURDIR)/tests/gpu/splits.py llama-2-7b 1,16,32,64 $(CURDIR)/results/splits.json
 
+gpu-package:  ## a package of AOTInductor for the GPU of this machine, and its answers
+	.ci/gpu --links python3 -m pytest -q -p no:cacheprovider --rootdir $(CURDIR) \
+	    $(CURDIR)/tests/e2e/test_gpu_package.py
+
 lint: $(VENV)/ready  ## ruff; mypy runs on the installed wheel, in .ci/run
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .

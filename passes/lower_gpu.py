@@ -48,6 +48,7 @@ from torch.fx import Graph, Node
 _PARTS = 4
 _ROWS = 16
 _NAMES = ("weight", "L", "R")
+_LAYOUTS = ("fragments", "stored")
 Make = Callable[[Node, str, Sequence[Sized], Callable[[Sequence[Sized]], list[Tensor]]], list[Node]]
 """Nodes for what a function makes of stored matrices, named after the node of a stored weight."""
 
@@ -67,12 +68,17 @@ class LoweredGpu:
 
 
 def lower_gpu(
-    program: ExportedProgram, gpu: Gpu, *, rows: tuple[int, int] | None = None
+    program: ExportedProgram,
+    gpu: Gpu,
+    *,
+    rows: tuple[int, int] | None = None,
+    layouts: Sequence[str] = _LAYOUTS,
 ) -> tuple[ExportedProgram, LoweredGpu]:
     """A program whose compressed linears are `linear_gpu` nodes; the given one is unchanged.
 
     Args:
         rows: the fewest and most rows that x will have, where that is less than the program allows.
+        layouts: those that weights may be laid out in.
 
     Raises:
         SlimError: Triton is not installed.
@@ -92,7 +98,8 @@ def lower_gpu(
         return [add_buffer(change, f"{fqn}_{i}", tensor) for i, tensor in enumerate(tensors)]
 
     renamed = change.signature.replace_all_uses
-    report = lower_graph(change.graph, reader(program), make, gpu, renamed=renamed, rows=rows)
+    own: dict[str, Any] = {"renamed": renamed, "rows": rows, "layouts": layouts}
+    report = lower_graph(change.graph, reader(program), make, gpu, **own)
     drop_read_buffers_(change, specs)
     return change.finish(), report
 
@@ -105,14 +112,16 @@ def lower_graph(
     *,
     renamed: Renamed | None = None,
     rows: tuple[int, int] | None = None,
+    layouts: Sequence[str] = _LAYOUTS,
 ) -> LoweredGpu:
     """Do it in place; arguments as in `lower_gpu`, and of the types above."""
     found, left = [], []
+    choose = partial(_choices, gpu=gpu, rows=rows, layouts=layouts)
     for linear in compressed_linears(graph, read):
         matrices = linear.matrices()
         reason = next((why for why in (why_not(*each) for each in matrices) if why), None)
         if reason is None:
-            choices = _choices(linear, [form_of(*each) for each in matrices], gpu, rows)
+            choices = choose(linear, [form_of(*each) for each in matrices])
             reason = next((_reasons(each) for each in choices if each.kernel is None), None)
         if reason is None:
             found.append((linear, matrices))
@@ -122,7 +131,7 @@ def lower_graph(
     kernels = {}
     for group in joined:
         linears = [linear for linear, _ in group]
-        y, kernels_of_it = _insert(graph, group, make, gpu, rows)
+        y, kernels_of_it = _insert(graph, group, make, choose)
         kernels[y.name] = kernels_of_it
         with graph.inserting_before(linears[0].base):
             for old, new in split_output(graph, linears, y):  # one at a time: they build on it
@@ -138,12 +147,17 @@ _Found = tuple[CompressedLinear, list[Sized]]
 
 
 def _choices(
-    linear: CompressedLinear, forms: Sequence[Form], gpu: Gpu, rows: tuple[int, int] | None
+    linear: CompressedLinear,
+    forms: Sequence[Form],
+    *,
+    gpu: Gpu,
+    rows: tuple[int, int] | None,
+    layouts: Sequence[str],
 ) -> tuple[Choice, ...]:
     """The kernels for the rows that x may have."""
     x = value_of(linear.x)
     layer = Layer(forms[0], tuple(forms[1:]), x.dtype)
-    return stretches(layer, *(rows or _rows_of(x)), gpu)
+    return stretches(layer, *(rows or _rows_of(x)), gpu, layouts=layouts)
 
 
 def _rows_of(x: Tensor) -> tuple[int, int]:
@@ -193,8 +207,7 @@ def _insert(
     graph: Graph,
     group: Sequence[_Found],
     make: Make,
-    gpu: Gpu,
-    rows: tuple[int, int] | None,
+    choose: Callable[[CompressedLinear, Sequence[Form]], tuple[Choice, ...]],
 ) -> tuple[Node, tuple[Choice, ...]]:
     """The op of a group, and the kernels that it may run."""
     linears = [linear for linear, _ in group]
@@ -204,9 +217,9 @@ def _insert(
         rank = -(-max(linear.rank for linear in linears) // _ROWS) * _ROWS
     sides = [[matrices[i] for _, matrices in group] for i in range(len(group[0][1]))]
     forms = [form_of(*_stacked(i, side, rank)) for i, side in enumerate(sides)]
-    choices = _choices(linears[0], forms, gpu, rows)
+    choices = choose(linears[0], forms)
     args: list[Any] = [base.args[0]]
-    for layout in ("fragments", "stored"):
+    for layout in _LAYOUTS:
         nodes: list[Node] = []
         if any(LAYOUTS[each.kernel] == layout for each in choices if each.kernel):
             for i, side in enumerate(sides):

@@ -127,13 +127,20 @@ def select(
     return Choice(chosen, reasons, (M, M))
 
 
-def stretches(layer: Layer, low: int, high: int, gpu: Gpu) -> tuple[Choice, ...]:
+def stretches(
+    layer: Layer,
+    low: int,
+    high: int,
+    gpu: Gpu,
+    *,
+    layouts: Sequence[str] = ("fragments", "stored"),
+) -> tuple[Choice, ...]:
     """The kernels for low to high rows of x, with the rows that each one is for."""
     ends = (FEW_ROWS, DECODE_ROWS, PORTABLE_ROWS)
     firsts = [low] + [M + 1 for M in ends if low <= M < high]
     found: list[Choice] = []
     for first, last in zip(firsts, [M - 1 for M in firsts[1:]] + [high]):
-        choice = select(layer, first, gpu)
+        choice = select(layer, first, gpu, layouts=layouts)
         if found and found[-1].kernel == choice.kernel:
             choice = Choice(choice.kernel, found[-1].why_not, (found.pop().rows[0], last))
         found.append(Choice(choice.kernel, choice.why_not, (choice.rows[0], last)))

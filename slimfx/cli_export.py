@@ -53,6 +53,7 @@ def export(
         str | None, typer.Option(help="aoti, pte, onnx: exact or int8-activations.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="hf: bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="aoti: cpu (default) or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Write a compressed program for a place that deploys it.
@@ -63,9 +64,8 @@ def export(
     with show.line("export") as tell:
         program = slimfx.load(artifact)
         tell(0.1, f"write {output}")
-        written = slimfx.export(
-            program, target, output, march=march, accuracy=accuracy, dtype=dtype
-        )
+        options = {"march": march, "accuracy": accuracy, "dtype": dtype, "device": device}
+        written = slimfx.export(program, target, output, **options)
     if as_json:
         typer.echo(json.dumps({"file": str(output), **dataclasses.asdict(written)}, indent=1))
         return

@@ -40,7 +40,7 @@ TARGETS = {
         "torch or libtorch of the same minor version, a processor as --march says",
         1.17,
         "as they are, or rounded to 8 bits",
-        ("march", "accuracy"),
+        ("march", "accuracy", "device"),
         aoti.check,
     ),
     "pte": Target(
@@ -92,6 +92,7 @@ def export(
     march: str | None = None,
     accuracy: str | None = None,
     dtype: str | None = None,
+    device: str | None = None,
 ) -> Exported:
     """Write a program for a target.
 
@@ -104,6 +105,8 @@ def export(
         accuracy: "exact", or "int8-activations" to round the inputs of compressed linears, row by
             row, to eight bits. By default exact, but for "pte", whose fast kernels round.
         dtype: of "hf": "bfloat16" or "float16" for what is stored as floats.
+        device: of "aoti": "cpu" (the default), or "cuda" for a GPU like this machine's, which takes
+            programs captured in bfloat16 or float16.
 
     Raises:
         ArtifactError: unknown target, an option that it does not take or of another value, missing
@@ -113,7 +116,7 @@ def export(
     path = Path(path)
     if target not in TARGETS:
         raise ArtifactError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    given = {"march": march, "accuracy": accuracy, "dtype": dtype}
+    given = {"march": march, "accuracy": accuracy, "dtype": dtype, "device": device}
     for name, value in given.items():
         if value is not None and name not in TARGETS[target].options:
             raise ArtifactError(f"target {target} takes no {name}, {value!r} was given")
@@ -121,7 +124,8 @@ def export(
         raise ArtifactError(f"accuracy {accuracy!r} is not one of {', '.join(aoti.ACCURACIES)}")
     rounded = accuracy == "int8-activations"
     if target == "aoti":
-        return _compiled(program, path, march or "native", accuracy or "exact")
+        how = (march or "native", accuracy or "exact", device or "cpu")
+        return _compiled(program, path, *how)
     if target == "pt2":
         return Exported(pt2.save(program, path, form="aten"))
     if target == "onnx":
@@ -132,8 +136,10 @@ def export(
     return Exported(*hf.save(program, path, dtype=dtype))
 
 
-def _compiled(program: ExportedProgram, path: Path, march: str, accuracy: str) -> Exported:
-    size, report = aoti.save(program, path, march=march, accuracy=accuracy)
+def _compiled(
+    program: ExportedProgram, path: Path, march: str, accuracy: str, device: str
+) -> Exported:
+    size, report = aoti.save(program, path, march=march, accuracy=accuracy, device=device)
     if report.left:
         warnings.warn(
             f"{path}: {len(report.left)} compressed linears have no kernel and were written out in "

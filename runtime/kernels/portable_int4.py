@@ -201,7 +201,7 @@ def sum_4(
 
 
 @triton.jit
-def _add_low(
+def add_low(
     acc, row, m, z, words, scale, M, turns, steps, rank, width, scale_row, N1, N2, N3,
     GROUP: tl.constexpr, HALF: tl.constexpr, PRMT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +231,7 @@ def complete(
     """Scale the sums [n, m] of W, add turns of R if LOW and the bias if BIAS, and store them."""
     acc = scaled(acc, scale, row, scale_row, GROUP)
     if LOW:
-        acc = _add_low(
+        acc = add_low(
             acc, row, m, z, R, R_scale, M, turns, steps, rank, z_row, R_scale_row, N1, N2, N3,
             R_GROUP, HALF, PRMT, BN, R_BK,
         )  # fmt: skip

@@ -1,5 +1,7 @@
 """AOTInductor: a program compiled to machine code, our kernels in it, that needs torch alone.
 
+For the processor, or for the GPU of the machine that it is compiled on.
+
 The package is torch's own `.pt2` of compiled code; `torch._inductor.aoti_load_package` and libtorch
 read it. slimfx adds a record of what it was built for, so that `load` can refuse where the code
 would crash, the program's manifest and tokenizer, and golden outputs for `check`.
@@ -22,9 +24,11 @@ import torch
 from slimfx.passes.decompose import decompose, slimfx_nodes
 from slimfx.passes.inputs import described
 from slimfx.passes.lower_cpu import Lowered, lower_cpu
+from slimfx.passes.lower_gpu import LoweredGpu
 from slimfx.runtime import archive, golden
 from slimfx.runtime.golden import CheckResult
 from slimfx.runtime.manifest import Manifest, manifest_of
+from slimfx.runtime.targets import aoti_gpu
 from torch.export import ExportedProgram
 
 from slimfx.errors import ArtifactError
@@ -55,6 +59,8 @@ class Package:
     """Name, dtype and [smallest, largest] of each dimension, in order of the call."""
     left: tuple[str, ...] = ()
     """Why compressed linears were written out in ATen, a sentence each."""
+    gpu: str = ""
+    """What its kernels are for, such as sm_90; "" for the processor."""
 
 
 def save(
@@ -63,7 +69,8 @@ def save(
     *,
     march: str = "native",
     accuracy: str = "exact",
-) -> tuple[int, Lowered]:
+    device: str = "cpu",
+) -> tuple[int, Lowered | LoweredGpu]:
     """Compile a program into a package at `path`; bytes written, and what became of its linears.
 
     Compressed linears without a kernel are written out in ATen, as the report says.
@@ -72,30 +79,37 @@ def save(
         march: one of `MARCHES`.
         accuracy: "exact", or "int8-activations": compressed linears round each row of their input
             to eight bits, which is faster where the processor multiplies such numbers.
+        device: what the program is to run on, "cpu" or a GPU of this machine such as "cuda".
 
     Raises:
-        ArtifactError: unknown march or accuracy, missing folder, torch before 2.12, or the compiler
-            failed.
+        ArtifactError: unknown march or accuracy, no such device, missing folder, torch before 2.12,
+            a linear that no kernel takes on a GPU, or the compiler failed.
     """
     path = Path(path)
     if march not in MARCHES:
         raise ArtifactError(f"march {march!r} is not one of {', '.join(MARCHES)}")
     if accuracy not in ACCURACIES:
         raise ArtifactError(f"accuracy {accuracy!r} is not one of {', '.join(ACCURACIES)}")
+    gpu = aoti_gpu.gpu_name(device, accuracy)
     if path.suffix != ".pt2":
         raise ArtifactError(f"{path}: torch loads compiled packages from files named .pt2 only")
     with archive.atomic(path) as part:  # looks at the folder before any work
-        lowered, report = lower_cpu(program, rounded=accuracy == "int8-activations")
+        lowered, report = (
+            aoti_gpu.lowered_on(device, program)
+            if gpu
+            else lower_cpu(program, rounded=accuracy == "int8-activations")
+        )
         own = _own_records(program, lowered)
         if slimfx_nodes(lowered):
             lowered = decompose(lowered)
         package = Package(
             march=march,
             accuracy=accuracy,
-            needs=_needs(march),
+            needs=_needs(march, gpu),
             torch=torch.__version__,
             inputs=tuple(described(program)),
             left=report.left,
+            gpu=gpu,
         )
         compiled = part.with_suffix(".pt2")
         try:
@@ -114,7 +128,7 @@ def _own_records(program: ExportedProgram, lowered: ExportedProgram) -> dict[str
     own: dict[str, bytes | str] = {_MANIFEST: manifest.to_json()}
     if manifest.tokenizer is not None:
         own[_TOKENIZER] = manifest.tokenizer
-    inputs = program.example_inputs
+    inputs = lowered.example_inputs
     given = [] if inputs is None else [*inputs[0], *inputs[1].values()]
     if given and all(isinstance(value, torch.Tensor) for value in given):
         own[_GOLDEN] = golden.record(lowered, inputs)
@@ -184,11 +198,12 @@ def load(path: str | Path) -> Callable[..., Any]:
         damaged = file.testzip()
     if damaged is not None:
         raise ArtifactError(f"{path}: damaged, {damaged} is not what was written")
+    aoti_gpu.check_gpu(path, package.gpu)
     run = torch._inductor.aoti_load_package(str(path))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         _check_inputs([*args, *kwargs.values()], package)
-        return run(*args, **kwargs)
+        return aoti_gpu.on_gpu(run, args, kwargs) if package.gpu else run(*args, **kwargs)
 
     return checked
 
@@ -202,7 +217,9 @@ def check(path: str | Path, *, tolerance: float | None = None) -> CheckResult:
     recorded = _records(path).get(_GOLDEN)
     if recorded is None:
         raise ArtifactError(f"{path}: carries no golden outputs")
-    limit = TOLERANCE[read(path).accuracy] if tolerance is None else tolerance
+    package = read(path)
+    own = aoti_gpu.TOLERANCE if package.gpu else TOLERANCE[package.accuracy]
+    limit = own if tolerance is None else tolerance
     return golden.replay_call(load(path), recorded, limit)
 
 
@@ -244,7 +261,7 @@ def read(path: str | Path) -> Package:
             for name, value in fields.items()
         }
         package = Package(**found)
-        texts = (package.march, package.torch, *package.needs)
+        texts = (package.march, package.torch, package.gpu, *package.needs)
         if package.accuracy not in ACCURACIES or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"accuracy {package.accuracy!r}, needs {package.needs!r}")
         return package
@@ -278,7 +295,9 @@ def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
         raise ArtifactError(f"{path}: not a complete compiled package ({error})") from error
 
 
-def _needs(march: str) -> tuple[str, ...]:
+def _needs(march: str, gpu: str) -> tuple[str, ...]:
+    if gpu and not hasattr(torch.cpu, "get_capabilities"):
+        return ()  # all that is fast is on the GPU
     if march != "native":
         return _NEEDS[march]
     wanted = ("avx2", "avx512_f", "avx512_bw", "avx512_vl", "avx512_vnni", "avx512_bf16")

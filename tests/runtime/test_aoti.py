@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import case, compressed, ids
+from slimfx.passes.lower_gpu import lower_gpu
+from slimfx.runtime.gpu_ops import OP
 from slimfx.runtime.manifest import manifest_of
-from slimfx.runtime.targets import aoti
+from slimfx.runtime.select import Gpu
+from slimfx.runtime.targets import aoti, aoti_gpu
 from torch import Tensor
 
 import slimfx
@@ -177,3 +180,36 @@ def test_a_flipped_byte_is_refused(packages: Packages, tmp_path: Path) -> None:
     (tmp_path / "flipped.pt2").write_bytes(data)
     with pytest.raises(ArtifactError, match="damaged"):
         aoti.load(tmp_path / "flipped.pt2")
+
+
+def test_a_package_for_a_gpu_is_of_what_is_there(packages: Packages, tmp_path: Path) -> None:
+    program = compressed("llama", "slim-q")
+    with pytest.raises(ArtifactError, match="'int8-activations' is for processors"):
+        aoti.save(program, tmp_path / "a.pt2", accuracy="int8-activations", device="cuda")
+    with pytest.raises(ArtifactError, match="'tpu' is not cpu or cuda"):
+        aoti.save(program, tmp_path / "a.pt2", device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ArtifactError, match=r"device 'cuda': torch .* sees no GPU here"):
+            slimfx.export(program, "aoti", tmp_path / "a.pt2", device="cuda")
+    path, other = packages["native"][0], tmp_path / "other.pt2"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("aoti.json"):
+                data = json.dumps({**json.loads(data), "gpu": "sm_1"}).encode()
+            new.writestr(entry, data)
+    assert aoti.read(other).gpu == "sm_1"
+    with pytest.raises(ArtifactError, match="was built for a GPU of sm_1, here is"):
+        aoti.load(other)
+    assert not list(tmp_path.glob("a*"))
+
+
+def test_what_no_template_takes_is_no_package_for_a_gpu() -> None:
+    lowered, _ = lower_gpu(compressed("llama", "slim-q"), Gpu("cuda", 90), layouts=("stored",))
+    ops = [node for node in lowered.graph.nodes if node.target is OP]
+    assert ops and all(not node.args[1] and node.args[2] for node in ops)
+    with pytest.raises(ArtifactError, match=r"linear_gpu.*: x is torch\.float32.*dtype='bfloat16'"):
+        aoti_gpu.check_templates(lowered)
+    for node in ops:
+        node.args[0].meta["val"] = node.args[0].meta["val"].bfloat16()
+    aoti_gpu.check_templates(lowered)

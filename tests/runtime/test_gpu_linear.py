@@ -24,20 +24,35 @@ import pytest
 import torch
 from gpu_linears import Linear, linear
 from slimfx.runtime.gpu_ops import OP
-from slimfx.runtime.inductor import compile_graph
-from slimfx.runtime.inductor.gpu_linear import Blocks, blocks, why_no_template
+from slimfx.runtime.inductor import compile_graph, gpu_linear
+from slimfx.runtime.inductor.gpu_linear import Blocks, blocks, why_no_template, why_the_op
 from slimfx.runtime.select import Form
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 import ptx
 
-BF16, STORED = torch.bfloat16, ("stored",)
+BF16, STORED, INT4 = torch.bfloat16, ("stored",), ("dense", 4)
 CASES = {
     "2:4": (5, lambda: linear(("2:4", 4), [72], 260, scales="row", layouts=STORED)),
     "2:4, groups": (20, lambda: linear(("2:4", 4), [40], 128, scales="group", layouts=STORED)),
     "int4, parts": (1, lambda: linear(("dense", 4), [32, 8], 136, layouts=STORED)),
+    "package, adapters": (
+        5,
+        lambda: linear(
+            *(("2:4", 4), [32, 48, 40], 260),
+            **{"scales": "row", "adapter": INT4, "ranks": [16, 8, 16], "layouts": STORED},
+        ),
+    ),
+    "package, adapters, any rows": (
+        70,
+        lambda: linear(
+            *(("dense", 4), [40], 136),
+            **{"scales": "group", "adapter": INT4, "ranks": [12], "layouts": STORED},
+        ),
+    ),
 }
+"""In a package there is no op that a template could be left for."""
 
 
 def given(name: str) -> tuple[Linear, Tensor, Tensor]:
@@ -81,6 +96,8 @@ def sources(name: str) -> list[str]:
     from triton.backends.compiler import GPUTarget
 
     triton.runtime.driver.set_active(Driver(GPUTarget("cuda", 90, 32)))
+    if "package" in name:
+        gpu_linear.why_the_op = lambda held, M: None
     made, x, bias = given(name)
     found: list[str] = []
     GraphLowering.save_output_code = staticmethod(found.append)
@@ -92,14 +109,18 @@ def sources(name: str) -> list[str]:
     with config.patch(force_disable_caches=True, cpu_backend="triton"), torch.no_grad():
         try:
             torch._dynamo.reset()  # or the shapes of earlier cases would make these symbols
-            torch.compile(call, backend=compile_graph, dynamic=False)(x, bias)
+            if "any rows" in name:
+                torch._dynamo.mark_dynamic(x, 0)
+            torch.compile(call, backend=compile_graph)(x, bias)
         except InductorError as error:
             assert "0 compatible backends" in str(error) or "0 active drivers" in str(error), error
     return found
 
 
 KERNEL = re.compile(r"(@triton\.jit\s+def (triton_\w+)\(.*?)\n''', device_str", re.S)
-GRID = re.compile(r"\.run\(.*?, (\d+), 1, 1, stream")
+INPUTS = re.compile(r"(arg.*) = args")
+BUFFER = re.compile(r"(buf\d+) = empty_strided_cpu\(\((.*?)\), \(.*?\), (torch\.\w+)\)")
+RUN = re.compile(r"(triton_\w+)\.run\((.*), stream")
 IMPORTS = """import triton, triton.language as tl
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
@@ -107,16 +128,22 @@ from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
 
 
 def interpreted(work: bytes) -> bytes:
-    """What the kernel of a source gives for a case."""
+    """What the kernels of a source give for a case, one after the other."""
     source, name = pickle.loads(work)
     ptx.install()
     made, x, bias = given(name)
-    body, kernel = KERNEL.findall(source)[0]
-    module = _module(IMPORTS + body)
-    stored = list(made.held.stored)
-    y = torch.empty(len(x), len(bias), dtype=BF16)
-    getattr(module, kernel)[(int(GRID.findall(source)[0]),)](x, *stored, bias, y)
-    return pickle.dumps(y)
+    module = _module(IMPORTS + "\n".join(body for body, _ in KERNEL.findall(source)))
+    given_first = [len(x)] if "any rows" in name else []
+    inputs = [*given_first, x, *made.held.stored, bias]
+    known: dict[str, Any] = {"torch": torch}
+    known |= dict(zip(INPUTS.findall(source)[0].split(", "), inputs, strict=True))
+    known |= {size: len(x) for size in re.findall(r"(s\d+) = arg0_1", source)}
+    for buffer, shape, dtype in BUFFER.findall(source):
+        known[buffer] = torch.full(eval(f"({shape},)", known), torch.nan, dtype=eval(dtype, known))
+    for kernel, words in RUN.findall(source):
+        *arguments, i, j, k = eval(f"({words},)", known)
+        getattr(module, kernel)[(i, j, k)](*arguments)
+    return pickle.dumps(known[buffer])
 
 
 def _module(text: str) -> ModuleType:
@@ -154,8 +181,9 @@ def test_what_follows_is_in_the_kernel_and_the_numbers_are_right(
     name: str, writer: ProcessPoolExecutor, reader: ProcessPoolExecutor
 ) -> None:
     [source] = writer.submit(sources, name).result()
-    kernels = KERNEL.findall(source)
-    assert len(kernels) == 1 and "fused_add_linear_gpu_relu" in kernels[0][1]
+    kernels = [kernel for _, kernel in KERNEL.findall(source)]
+    assert len(kernels) == (2 if "adapters" in name else 1)  # x L^T, too
+    assert "fused_add_linear_gpu_relu" in kernels[-1]
     y = pickle.loads(reader.submit(interpreted, pickle.dumps((source, name))).result())
     made, x, bias = given(name)
     exact = made.exact(x) + bias.double()
@@ -176,21 +204,27 @@ def test_what_has_no_template_is_the_op_as_it_is() -> None:
 
 def test_why_there_is_no_template() -> None:
     sparse = linear(("2:4", 4), [32], 128, layouts=STORED).held
-    assert why_no_template(sparse, BF16, 20) is None
-    assert why_no_template(sparse, torch.float32, 20) == (
-        "x is torch.float32, not bfloat16 or float16"
-    )
-    assert why_no_template(sparse, BF16, 400) == "above 160 rows of x the weight is expanded once"
-    assert "rows of x vary" in str(why_no_template(sparse, BF16, None))
-    adapted = linear(("2:4", 4), [32], 128, adapter=("dense", 4), ranks=[8], layouts=STORED).held
-    assert "adapters" in str(why_no_template(adapted, BF16, 20))
-    both = linear(("2:4", 4), [32], 128).held
-    assert "by the rows that x has" in str(why_no_template(both, BF16, 20))
+    assert why_no_template(sparse, BF16) is None
+    assert why_no_template(sparse, torch.float32) == "x is torch.float32, not bfloat16 or float16"
     eight = linear(("dense", 8), [32], 128, layouts=STORED).held
-    assert why_no_template(eight, BF16, 20) == "no template reads dense values of 8 bits"
+    assert why_no_template(eight, BF16) == "no template reads dense values of 8 bits"
+    wide = linear(("2:4", 4), [32], 128, adapter=("dense", 8), ranks=[8], layouts=STORED).held
+    assert why_no_template(wide, BF16) == "no template adds adapters of dense values of 8 bits"
+
+
+def test_why_the_op_is_better_as_it_is() -> None:
+    sparse = linear(("2:4", 4), [32], 128, layouts=STORED).held
+    assert why_the_op(sparse, 20) is None
+    assert why_the_op(sparse, 400) == "above 160 rows of x the weight is expanded once"
+    assert "rows of x vary" in str(why_the_op(sparse, None))
+    adapted = linear(("2:4", 4), [32], 128, adapter=INT4, ranks=[8], layouts=STORED).held
+    assert why_no_template(adapted, BF16) is None
+    assert "adapters" in str(why_the_op(adapted, 20))
+    assert "by the rows that x has" in str(why_the_op(linear(("2:4", 4), [32], 128).held, 20))
 
 
 def test_blocks_end_where_groups_do() -> None:
     assert blocks(1, Form("2:4", 4, 0))[0] == Blocks(16, 64, 128)
     assert [each.BK for each in blocks(64, Form("2:4", 4, 96))] == [32, 32]
     assert blocks(300, Form("dense", 4, 128))[0] == Blocks(64, 128, 128)
+    assert [each.BN for each in blocks(20, Form("2:4", 4, 0), [96, 64])] == [32, 16]
