@@ -120,7 +120,10 @@ def why_no_template(held: Held, x: torch.dtype) -> str | None:
         (weight.where not in _TILES or weight.bits != 4, f"no template reads {weight}"),
         (not len(held.stored), "its weight is laid out for the decode kernels alone"),
         (x not in _DTYPES, f"x is {x}, not bfloat16 or float16"),
-        *((form.group % 16 > 0, f"groups of {form.group}, not of 16 n") for form in held.forms),
+        *(
+            (form.group % 16 > 0, f"groups of {form.group} inputs, not a multiple of 16")
+            for form in held.forms
+        ),
         *(
             ((form.where, form.bits) != ("dense", 4), f"no template adds adapters of {form}")
             for form in held.forms[1:]

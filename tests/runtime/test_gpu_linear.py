@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -210,6 +210,8 @@ def test_why_there_is_no_template() -> None:
     assert why_no_template(eight, BF16) == "no template reads dense values of 8 bits"
     wide = linear(("2:4", 4), [32], 128, adapter=("dense", 8), ranks=[8], layouts=STORED).held
     assert why_no_template(wide, BF16) == "no template adds adapters of dense values of 8 bits"
+    short = replace(sparse, forms=(replace(sparse.forms[0], group=24),))
+    assert why_no_template(short, BF16) == "groups of 24 inputs, not a multiple of 16"
 
 
 def test_why_the_op_is_better_as_it_is() -> None:
